@@ -1,0 +1,102 @@
+"""The backend: ``torch.compile(model, backend="dsinfra")``.
+
+Dynamo hands over one graph; the passes analyse its shadow and write ``dsinfra`` operators into it where they proved
+what a region computes; AOTAutograd and Inductor compile the result under settings of this call alone. What can't be
+proved stays as it was, with the reason in the report. Reading on: ``passes/pipeline.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dscompile import report as reports
+from dscompile.config import Config
+from dscompile.dump import Dump
+from dscompile.errors import AnalysisFailed, StrictRefusal
+from dscompile.lowering import inductor
+from dscompile.passes import pipeline
+from dscompile.report import CompileReport
+
+log = logging.getLogger("dscompile")
+
+
+def dsinfra(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    sink: Callable[[CompileReport], None] = reports.add,
+) -> Callable[..., Any]:
+    """Compiles one of Dynamo's graphs.
+
+    Args:
+        gm: Dynamo's graph; rewritten in place.
+        example_inputs: its inputs (tensors, parameters, symbolic sizes).
+        mode: Inductor's mode, as ``torch.compile(mode=...)`` passes it.
+        options: :class:`dscompile.config.Config` fields, and settings of Inductor.
+        sink: receives the report of this graph.
+
+    Raises:
+        OptionError: an option is unknown or has a wrong value.
+        DumpDirectoryError: the dump directory can't be written; nothing was compiled.
+        StrictRefusal, AnalysisFailed: under ``strict``, where a site would be left to Inductor.
+    """
+    config = Config.of(mode, options)
+    dump = Dump(config.dump)
+    report = CompileReport(device=_device(example_inputs))
+    if config.enable:
+        _analyse(gm, example_inputs, config, dump, report)
+    report.op_counts = pipeline.op_counts(gm)
+    dump.finish(report)
+    sink(report)
+    log.info("%s", report)
+    return _compile(gm, example_inputs, config)
+
+
+dsinfra.reset = inductor.reset  # type: ignore[attr-defined]
+
+
+def _analyse(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport
+) -> None:
+    """Runs the passes and fills the report."""
+    try:
+        outcome = pipeline.run(gm, inputs, strict=config.strict, observe=dump.observe)
+    except Exception as error:
+        raise AnalysisFailed(f"the analysis raised {type(error).__name__}: {error}") from error
+    report.records, report.sites = outcome.records, outcome.sites
+    if outcome.error is not None:
+        report.error = f"{type(outcome.error).__name__}: {outcome.error}"
+        log.warning("dsinfra: %s; this graph is left to Inductor", report.error)
+    refused = report.refused
+    if config.strict and refused:
+        first = refused[0]
+        raise StrictRefusal(
+            f"{len(refused)} of {len(report.sites)} attentions can't be lowered. First: {first.module_path or '(top)'} "
+            f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ") + "."
+        )
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "aot_eager":
+        return inductor.compile_eager(gm, inputs)
+    return inductor.compile_graph(gm, inputs, config.mode, dict(config.inductor), config.key())
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    """The card's name, or what runs instead of it."""
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    cuda = next((d for d in devices if d.type == "cuda"), None)
+    if cuda is None:
+        return "CPU (reference implementations)"
+    major, minor = torch.cuda.get_device_capability(cuda)
+    note = "" if (major, minor) == (9, 0) else ": no Hopper, Triton or reference implementations"
+    return f"{torch.cuda.get_device_name(cuda)}{note}"

@@ -1,0 +1,105 @@
+"""The one file that touches private torch API, with the versions that each use was checked on.
+
+| use | torch 2.11 | torch 2.13 |
+|---|---|---|
+| ``compile_fx(gm, inputs, config_patches=...)`` | yes | yes (one more parameter, unused) |
+| ``CustomGraphPass`` with ``uuid()`` as ``post_grad_custom_post_pass`` | yes | yes (a list is allowed too, not used) |
+| ``list_mode_options`` (public) | yes | yes |
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+HOOK = "post_grad_custom_post_pass"
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Hash of every source file of the package, of torch's and Triton's versions: what the caches must depend on.
+
+    torch keys its compiled graphs on the rewritten graph, which names our operators but not their shape functions,
+    backward formulas or kernels: without this digest an edit of those would be served from an old entry.
+    """
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent.parent
+    roots = [package] if (package / "backend.py").exists() else [package / "dscompile"]
+    roots += [package / name for name in ("passes", "lowering", "kernels", "runtime")]
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    digest.update(torch.__version__.encode())
+    return digest.hexdigest()
+
+
+class Stamp(CustomGraphPass):
+    """A pass that changes nothing: it carries our digest into torch's cache keys and runs the user's own pass.
+
+    ``inner`` is the pass that was configured before; if it has no ``uuid`` torch can't cache, as without us.
+    """
+
+    def __init__(self, key: str, inner: Any = None):
+        self.key, self.inner = key, inner
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.inner if isinstance(self.inner, (list, tuple)) else (self.inner,):
+            if one is not None:
+                one(graph)
+
+    def uuid(self) -> Any:
+        keys = [self.key]
+        for one in self.inner if isinstance(self.inner, (list, tuple)) else (self.inner,):
+            if one is not None:
+                inner = one.uuid() if hasattr(one, "uuid") else None
+                if inner is None:
+                    return None
+                keys.append(str(inner))
+        return "dsinfra:" + ":".join(keys)
+
+
+def is_option(name: str) -> bool:
+    """True if Inductor has a setting of this name (dots or underscores as Inductor accepts them)."""
+    return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+
+
+def patches(mode: str | None, options: dict[str, Any], key: str) -> dict[str, Any]:
+    """Inductor settings of one compilation: the mode's, the user's own, and our stamp."""
+    found = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    found |= {name.replace("-", "_"): value for name, value in options.items()}
+    before = found.get(HOOK, torch._inductor.config.get_config_copy()[HOOK])
+    found[HOOK] = Stamp(sources_digest() + key, before)
+    return found
+
+
+def compile_graph(
+    module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any], key: str
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on a rewritten graph, under settings of this call alone."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, inputs, config_patches=patches(mode, options, key))  # type: ignore[return-value]
+
+
+def compile_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd without code generation: the graphs Inductor would get, run operator by operator."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(module, inputs)
+
+
+def reset() -> None:
+    """What ``torch._dynamo.reset`` resets for Inductor: the pools of captured CUDA graphs."""
+    from torch._inductor import config
+
+    if config.triton.cudagraph_trees and torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()

@@ -1,0 +1,294 @@
+"""From a proof to operators in Dynamo's graph: choose where each value is read, check that it may be, write the call.
+
+A proof names shadow nodes; a value can be read only off a Dynamo node of the graph (or checkpoint body) that holds the
+attention, only if nothing overwrites it in between, and only in a dtype at least as wide as the model computes in.
+Everything is planned first; if a plan fails nothing has been touched. A body that runs several times is rewritten only
+if every run binds to the same nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from dscompile.passes.absorbed_form import AbsorbedForm
+from dscompile.passes.emit import Emitter, window
+from dscompile.passes.masks import Mask
+from dscompile.passes.memory import Memory
+from dscompile.passes.record import Site
+from dscompile.passes.refusals import MutatedOperand, NarrowedPrecision, Refusal, RowsDisagree, UnboundValue, Unsupported
+from dscompile.passes.shadow import Owner, Shadow
+from dscompile.passes.structure import Pages, Rows, Slot, Structure
+
+if TYPE_CHECKING:
+    from dscompile.passes.recognize_mla import Match
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Read:
+    """A Dynamo node and how to read the value off it."""
+
+    node: fx.Node
+    slot: Slot | Rows | Pages | None
+    table: fx.Node | None = None
+
+
+@dataclass
+class Bindings:
+    """One rewritten site: the operator's node in Dynamo's graph and what later passes need to know of it."""
+
+    site: Site
+    module: fx.GraphModule
+    node: fx.Node  # the operator
+    out: fx.Node  # its first result, in the operator's own layout
+    mask: Mask
+    mask_node: fx.Node | None
+    structure: Structure | AbsorbedForm
+    pages: tuple[Read, Read] | None = None
+    training: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+class Binder:
+    """Writes the matches of one shadow into Dynamo's graph."""
+
+    def __init__(self, shadow: Shadow, memory: Memory, training: bool):
+        self.shadow, self.memory, self.training = shadow, memory, training
+        self._order: dict[fx.GraphModule, dict[fx.Node, int]] = {}
+
+    def write(self, owner: Owner, matches: list[Match]) -> Bindings:
+        """Replaces the Dynamo node ``owner`` of one or more (identical) matches; raises a Refusal, graph untouched."""
+        plans = [self._plan(owner, match) for match in matches]
+        if any(plan != plans[0] for plan in plans):
+            raise UnboundValue("the runs of one shared body bind to different values", matches[0].anchor)
+        match, plan = matches[0], plans[0]
+        emitter = Emitter(owner.node)
+        try:
+            if isinstance(match.structure, AbsorbedForm):
+                bound = self._absorbed(emitter, owner, match, plan)
+            else:
+                bound = self._expanded(emitter, owner, match, plan)
+            replacement = self._result(emitter, owner, match, bound)
+        except Refusal:
+            emitter.undo()
+            raise
+        except Exception as error:
+            emitter.undo()
+            raise Unsupported(f"the operator could not be written: {error}", match.anchor) from error
+        owner.node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in emitter.made)
+        owner.module.graph.lint()
+        owner.module.recompile()
+        return bound
+
+    # ---- planning
+
+    def _plan(self, owner: Owner, match: Match) -> dict[str, Read]:
+        structure, time = match.structure, self.memory.position[match.attention.out]
+        names = ("q_latent", "q_rope", "latent", "k_rope")
+        if isinstance(structure, Structure):
+            names = ("q_nope", *names[1:])
+        plan = {n: self._choose(owner, n, getattr(structure, n), time) for n in names if getattr(structure, n)}
+        if isinstance(structure, Structure):
+            plan["w_uk"] = self._rows(owner, "w_uk", structure.w_uk, time)
+            plan["w_uv"] = self._rows(owner, "w_uv", structure.w_uv, time)
+            for name in ("latent_pages", "rope_pages"):
+                read = self._page_read(owner, getattr(structure, name), time)
+                if read is not None:
+                    plan[name] = read
+        if match.mask.kind in ("length", "operand"):
+            softmax = self.memory.position[match.attention.softmax]
+            plan["mask"] = self._choose(owner, "mask", (Slot(match.mask.node, "", 0, softmax),), time)
+        return plan
+
+    def _held(self, owner: Owner, node: fx.Node) -> fx.Node | None:
+        """Dynamo node of the owner's graph that holds a shadow value, if it comes before the anchor."""
+        order = self._order.setdefault(owner.module, {n: i for i, n in enumerate(owner.module.graph.nodes)})
+        held = self.shadow.owner_in(node, owner.module)
+        if held is None or order.get(held, -1) > order[owner.node]:
+            return None
+        return held
+
+    def _choose(self, owner: Owner, name: str, slots: tuple[Slot, ...], time: int) -> Read:
+        overwritten = None
+        for slot in slots:
+            held = self._held(owner, slot.node)
+            if held is None:
+                continue
+            if self.memory.unchanged(slot.node, slot.time, time):
+                return Read(held, _untimed(slot))
+            overwritten = slot.node
+        if overwritten is not None:
+            raise MutatedOperand(f"`{name}` is overwritten between its use and the attention", overwritten)
+        raise UnboundValue(f"`{name}` has no tensor in the graph of the attention", slots[0].node)
+
+    def _rows(self, owner: Owner, name: str, rows: Rows, time: int) -> Read:
+        held = self._held(owner, rows.node)
+        if held is None:
+            raise UnboundValue(f"the weight `{name}` has no tensor in the graph of the attention", rows.node)
+        if not self.memory.unchanged(rows.node, rows.time, time):
+            raise MutatedOperand(f"the weight `{name}` is overwritten before the attention", rows.node)
+        return Read(held, Rows(rows.node, rows.offset, rows.stride, rows.width, rows.transposed, 0))
+
+    def _page_read(self, owner: Owner, pages: Pages | None, time: int) -> Read | None:
+        if pages is None:
+            return None
+        pool, table = self._held(owner, pages.pool), self._held(owner, pages.table)
+        safe = all(self.memory.unchanged(n, pages.time, time) for n in (pages.pool, pages.table))
+        return Read(pool, Pages(pages.pool, pages.table, pages.offset, 0), table) if pool and table and safe else None
+
+    # ---- writing
+
+    def _value(self, e: Emitter, read: Read, wanted: str, width: int, dtype: torch.dtype) -> fx.Node:
+        return self._cast(e, e.read(read.node, read.slot, wanted, width), dtype)  # type: ignore[arg-type]
+
+    def _cast(self, e: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        value = node.meta["example_value"]
+        if value.dtype.itemsize > dtype.itemsize and not torch.is_autocast_enabled(value.device.type):
+            raise NarrowedPrecision(f"`{node.name}` is {value.dtype}, the attention computes in {dtype}")
+        return e.cast(node, dtype)
+
+    def _expanded(self, e: Emitter, owner: Owner, match: Match, plan: dict[str, Read]) -> Bindings:
+        s = match.structure
+        assert isinstance(s, Structure)
+        q_nope = e.read(plan["q_nope"].node, plan["q_nope"].slot, "bhsd", s.nope)  # type: ignore[arg-type]
+        dtype = q_nope.meta["example_value"].dtype
+        latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
+        if s.rope:
+            q_rope = self._value(e, plan["q_rope"], "bhsd", s.rope, dtype)
+            k_rope = self._value(e, plan["k_rope"], "btd", s.rope, dtype)
+        else:
+            q_rope, k_rope = (e.call(aten.slice.Tensor, x, -1, 0, 0) for x in (q_nope, latent))
+        weights = [self._weight(e, plan[n], s.heads, dtype) for n in ("w_uk", "w_uv")]
+        mask = self._mask(e, match, plan)
+        causal = match.mask.kind == "causal"
+        node = e.call(
+            torch.ops.dsinfra.mla.default, q_nope, q_rope, latent, k_rope, *weights, mask, match.attention.scale, causal
+        )
+        pages = (plan["latent_pages"], plan["rope_pages"]) if {"latent_pages", "rope_pages"} <= plan.keys() else None
+        return Bindings(
+            match.site, owner.module, node, e.item(node, 0), match.mask, mask, s, pages, self.training
+        )
+
+    def _weight(self, e: Emitter, read: Read, heads: int, dtype: torch.dtype) -> fx.Node:
+        rows = read.slot
+        assert isinstance(rows, Rows)
+        shape = read.node.meta["example_value"].shape
+        count = shape[1] if rows.transposed else int(torch.Size(shape[:-1]).numel())
+        if window(rows) + heads * rows.stride > count:
+            raise RowsDisagree(f"the last head's block of {rows.stride} rows ends behind row {count}", rows.node)
+        return self._cast(e, e.weight(read.node, rows, heads), dtype)
+
+    def _absorbed(self, e: Emitter, owner: Owner, match: Match, plan: dict[str, Read]) -> Bindings:
+        s = match.structure
+        assert isinstance(s, AbsorbedForm)
+        if self.training:
+            raise Unsupported("the absorbed form has no backward here: train the expanded form", match.anchor)
+        q_latent = e.read(plan["q_latent"].node, plan["q_latent"].slot, "bshd", s.rank)  # type: ignore[arg-type]
+        dtype = q_latent.meta["example_value"].dtype
+        q_rope = self._value(e, plan["q_rope"], "bshd", s.rope, dtype)
+        latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
+        k_rope = self._value(e, plan["k_rope"], "btd", s.rope, dtype)
+        mask = self._mask(e, match, plan)
+        mask, lengths = decode_mask(e, match.mask, mask, latent)
+        causal = match.mask.kind == "causal"
+        node = e.call(
+            torch.ops.dsinfra.mla_decode.default,
+            *(q_latent, q_rope, latent, k_rope, lengths, mask, None, match.attention.scale, causal),
+        )
+        match.site.decision = "mla_decode: the model's own absorbed form"
+        out = e.call(aten.permute.default, e.item(node, 0), [0, 2, 1, 3])
+        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, None, self.training)
+
+    def _mask(self, e: Emitter, match: Match, plan: dict[str, Read]) -> fx.Node | None:
+        """The mask as an operand [B, H, S, T] (broadcastable; True = visible), or None if it was proved."""
+        if "mask" not in plan:
+            return None
+        mask, labels = plan["mask"].node, match.attention.mask_labels
+        if match.attention.inverted:
+            mask = e.call(aten.logical_not.default, mask)
+        if labels != "bhst":
+            while e.rank(mask) < 4:
+                mask = e.call(aten.unsqueeze.default, mask, 0)
+            mask = e.call(aten.permute.default, mask, [labels.index(c) for c in "bhst"])
+        return mask
+
+    def _result(self, e: Emitter, owner: Owner, match: Match, bound: Bindings) -> fx.Node:
+        """``bound.out`` ([B, H, S, V]) in the layout and dtype of the node it replaces."""
+        out, labels = bound.out, match.attention.result
+        if labels != "bhsv":
+            out = e.call(aten.permute.default, out, ["bhsv".index(c) for c in labels])
+        before, after = owner.node.meta["example_value"], out.meta["example_value"]
+        out = e.cast(out, before.dtype)
+        if before.stride() != after.stride() and before.is_contiguous() and _is_viewed(owner.node):
+            out = e.call(aten.contiguous.default, out)
+        return out
+
+
+def decode_mask(
+    e: Emitter, mask: Mask, node: fx.Node | None, latent: fx.Node
+) -> tuple[fx.Node | None, fx.Node]:
+    """(mask operand or None, seqlens [B] int32) of ``mla_decode`` for a mask [B, H, S, T].
+
+    A proved length is the number of visible keys of the one query row. For any other mask the length is only an upper
+    bound (last key that some query sees, plus one), and the mask itself stays an operand.
+    """
+    batch, keys = e.size(latent, 0), e.size(latent, 1)
+    if node is None:
+        return None, e.call(aten.full.default, [batch], keys, dtype=torch.int32, device=_device(latent))
+    rank = e.rank(node)
+    if node.meta["example_value"].dtype != torch.bool:
+        if mask.kind != "length":
+            raise Unsupported("an additive mask has no absorbed form", mask.node)
+        node = e.call(aten.eq.Scalar, node, 0)  # proved to be 0 where visible, else below -1e4
+    if rank == 4:
+        if node.meta["example_value"].shape[1] != 1:
+            raise Unsupported("a mask that differs between heads", mask.node)
+        node = e.call(aten.squeeze.dim, node, 1)
+    while e.rank(node) < 3:
+        node = e.call(aten.unsqueeze.default, node, 0)
+    queries = node.meta["example_value"].shape[1]
+    if mask.kind == "length":
+        row = e.call(aten.select.int, node, 1, queries - 1)
+        counted = e.call(aten.sum.dim_IntList, row, [-1], dtype=torch.int32)
+        return None, e.call(aten.expand.default, counted, [batch])
+    row = e.call(aten.any.dim, node, 1)
+    one = e.call(aten.arange.start, 1, _plus_one(e, keys), dtype=torch.int32, device=_device(latent))
+    ends = e.call(aten.mul.Tensor, e.call(aten.to.dtype, row, torch.int32), one)
+    bound = e.call(aten.amax.default, ends, [-1])
+    return node, e.call(aten.expand.default, bound, [batch])
+
+
+def _plus_one(e: Emitter, keys: fx.Node | int) -> fx.Node | int:
+    import operator
+
+    return keys + 1 if isinstance(keys, int) else e.call(operator.add, keys, 1)
+
+
+def _device(node: fx.Node) -> torch.device:
+    return node.meta["example_value"].device
+
+
+def _untimed(slot: Slot) -> Slot:
+    """A slot without its time: two runs of one body read the same way at different times."""
+    return Slot(slot.node, slot.labels, slot.offset, 0)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """True if a later ``view`` may rely on the strides of ``node`` (itself or through transposes and slices)."""
+    todo, seen = [node], set()
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            if name in ("view", "view_as", "as_strided", "view.default"):
+                return True
+            if name in ("transpose", "permute", "getitem", "unsqueeze", "squeeze", "expand", "select", "narrow"):
+                todo.append(user)
+    return False

@@ -1,0 +1,128 @@
+"""Small readings of FX nodes that every pass needs: shapes under a size assignment, source line, module path, aliasing.
+
+A *shadow* node carries a fake tensor in ``meta["val"]``; a Dynamo node carries one in ``meta["example_value"]``.
+Sizes may be symbolic: a :class:`Sizes` replaces each free symbol by a concrete number, so that a proof can run on
+ordinary integers, once for each assignment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import sympy
+import torch
+from torch import fx
+
+_FIRST = (11, 13, 17, 19, 23, 29, 31, 37)
+_SECOND = (41, 43, 47, 53, 59, 61, 67, 71)
+
+
+class Sizes:
+    """One assignment of numbers to the free size symbols of a graph (empty for a static graph)."""
+
+    def __init__(self, assignment: dict[sympy.Symbol, int] | None = None):
+        self.assignment = assignment or {}
+
+    def number(self, value: object) -> int:
+        """An int, SymInt or node that holds one -> the number under this assignment."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.SymInt):
+            expr = value.node.expr.xreplace({s: sympy.Integer(n) for s, n in self.assignment.items()})
+            return int(expr)
+        return int(value)  # type: ignore[call-overload]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(self.number(s) for s in node.meta["val"].shape)
+
+
+def free_symbols(graph: fx.Graph) -> list[sympy.Symbol]:
+    """Size symbols of the graph's inputs, in a fixed order."""
+    found: set[sympy.Symbol] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            found |= value.node.expr.free_symbols
+        elif node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    found |= size.node.expr.free_symbols
+    return sorted(found, key=str)
+
+
+def assignments(graph: fx.Graph) -> list[Sizes]:
+    """The size assignments a proof has to hold for: one for a static graph, two of distinct primes otherwise."""
+    symbols = free_symbols(graph)
+    if not symbols:
+        return [Sizes()]
+
+    def spread(primes: tuple[int, ...]) -> Sizes:
+        return Sizes({s: primes[i % len(primes)] + 60 * (i // len(primes)) for i, s in enumerate(symbols)})
+
+    return [spread(_FIRST), spread(_SECOND)]
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
+    """Positional or keyword argument of an ATen call."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def source_line(node: fx.Node | None) -> str:
+    """``file.py:123`` of the user's line that made the node, or ``?``."""
+    trace = (node.meta.get("stack_trace") or "") if node is not None else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    if not frames:
+        return "?"
+    file, line = frames[-1]
+    return "/".join(file.split("/")[-2:]) + f":{line}"
+
+
+def module_path(node: fx.Node | None) -> str:
+    """Qualified name of the innermost nn.Module that ran the node, as in ``named_modules``; empty at the top."""
+    stack = (node.meta.get("nn_module_stack") or {}) if node is not None else {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^L\.\w+\.?", "", path.replace("(", "").replace(")", ""))
+    path = re.sub(r"^(self|model_to_compile)\.", "", path)
+    return ".".join(p for p in path.split(".") if p not in ("_modules", ""))
+
+
+def aliased_argument(node: fx.Node) -> fx.Node | None:
+    """The argument whose storage this node's result shares (views and in-place results), by the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.returns:
+        return None
+    returned = schema.returns[0].alias_info
+    if returned is None:
+        return None
+    for value, declared in zip(node.args, schema.arguments, strict=False):
+        shared = declared.alias_info is not None and declared.alias_info.before_set & returned.before_set
+        if shared and isinstance(value, fx.Node):
+            return value
+    return None
+
+
+def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """Arguments that the operator writes, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return
+    named = dict(node.kwargs)
+    for value, declared in zip(node.args, schema.arguments, strict=False):
+        named[declared.name] = value
+    for declared in schema.arguments:
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            value = named.get(declared.name)
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, fx.Node):
+                    yield item

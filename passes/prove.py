@@ -1,0 +1,355 @@
+"""Coordinate pull-back: which element of which tensor is this element?
+
+Given elements of a node as arrays of coordinates, :class:`Pull` walks them back through views, splits, cats, expands,
+copies and fills of fresh buffers, all points at once, until they rest on nodes that compute something. A proof then
+reads as arithmetic on coordinates: "element (b, h, t, d) of the key is row ``offset + h * stride + d`` of this weight
+times that latent at (b, t)". Each data movement is one row of the table ``MOVES``; an operator that is not in the table
+ends the walk. Casts are walked through, their dtypes are recorded.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from dscompile.passes.graph import Sizes, aliased_argument, argument
+from dscompile.passes.memory import FRESH, MAYBE_COPY, Memory
+from dscompile.passes.refusals import MutatedOperand, Unsupported
+
+aten = torch.ops.aten
+Array = np.ndarray
+Coords = tuple[Array, ...]
+Step = tuple[fx.Node, Coords, Array | None]  # source, its coordinates, which points (None: all)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Elements of one node. ``index`` says which of the caller's points these are; ``time`` when they are read."""
+
+    node: fx.Node
+    coords: Coords
+    index: Array
+    time: int
+    casts: frozenset[torch.dtype] = frozenset()
+
+    def take(self, keep: Array) -> Points:
+        return replace(self, coords=tuple(c[keep] for c in self.coords), index=self.index[keep])
+
+
+def ravel(coords: Coords, shape: tuple[int, ...]) -> Array:
+    flat = np.zeros_like(coords[0]) if coords else np.zeros(1, np.int64)
+    for c, size in zip(coords, shape, strict=True):
+        flat = flat * size + c
+    return flat
+
+
+def unravel(flat: Array, shape: tuple[int, ...]) -> Coords:
+    out: list[Array] = []
+    for size in reversed(shape):
+        out.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(out))
+
+
+def broadcast(coords: Coords, shape: tuple[int, ...]) -> Coords:
+    """Coordinates of a broadcast result -> of an operand of this shape (right-aligned)."""
+    tail = coords[len(coords) - len(shape) :]
+    return tuple(np.zeros_like(c) if size == 1 else c for c, size in zip(tail, shape, strict=True))
+
+
+def _set(coords: Coords, dim: int, value: Array) -> Coords:
+    return coords[:dim] + (value,) + coords[dim + 1 :]
+
+
+def _dim(node: fx.Node, position: int, name: str, rank: int, default: int = 0) -> int:
+    return int(argument(node, position, name, default)) % max(rank, 1)  # type: ignore[call-overload]
+
+
+# ------------------------------------------------------------------ the table of data movements
+
+
+def _reshape(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    source = node.args[0]
+    flat = ravel(c, sizes.shape(node)) if c else np.zeros(1, np.int64)
+    yield source, unravel(flat, sizes.shape(source)), None
+
+
+def _same(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    yield node.args[0], c, None
+
+
+def _transpose(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    i, j = int(node.args[1]) % len(c), int(node.args[2]) % len(c)
+    swapped = list(c)
+    swapped[i], swapped[j] = c[j], c[i]
+    yield node.args[0], tuple(swapped), None
+
+
+def _t(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    yield node.args[0], tuple(reversed(c)), None
+
+
+def _permute(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    out: list[Array] = list(c)
+    for k, dim in enumerate(node.args[1]):
+        out[dim % len(c)] = c[k]
+    yield node.args[0], tuple(out), None
+
+
+def _slice(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    source = node.args[0]
+    dim = _dim(node, 1, "dim", len(c))
+    length = sizes.shape(source)[dim]
+    start = argument(node, 2, "start")
+    first = 0 if start is None else sizes.number(start)
+    first = max(first + length, 0) if first < 0 else min(first, length)
+    step = argument(node, 4, "step", 1)
+    yield source, _set(c, dim, first + c[dim] * sizes.number(step)), None
+
+
+def _narrow(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    dim = _dim(node, 1, "dim", len(c))
+    yield node.args[0], _set(c, dim, c[dim] + sizes.number(node.args[2])), None
+
+
+def _select(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    source = node.args[0]
+    shape = sizes.shape(source)
+    dim = _dim(node, 1, "dim", len(shape))
+    index = sizes.number(node.args[2]) % shape[dim]
+    some = c[0] if c else np.zeros(1, np.int64)
+    yield source, c[:dim] + (np.full_like(some, index),) + c[dim:], None
+
+
+def _expand(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    yield node.args[0], broadcast(c, sizes.shape(node.args[0])), None
+
+
+def _repeat(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    shape = sizes.shape(node.args[0])
+    tail = c[len(c) - len(shape) :]
+    yield node.args[0], tuple(x % size for x, size in zip(tail, shape, strict=True)), None
+
+
+def _repeat_interleave(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    dim = argument(node, 2, "dim")
+    if dim is None:
+        raise Unsupported("repeat_interleave over the flattened tensor", node)
+    dim = int(dim) % len(c)  # type: ignore[call-overload]
+    yield node.args[0], _set(c, dim, c[dim] // sizes.number(node.args[1])), None
+
+
+def _getitem(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    parts, which = node.args
+    if not isinstance(parts, fx.Node) or parts.target not in _SPLITS:
+        return
+    source = parts.args[0]
+    shape = sizes.shape(source)
+    if parts.target is aten.unbind.int:
+        dim = _dim(parts, 1, "dim", len(shape))
+        some = c[0] if c else np.zeros(1, np.int64)
+        yield source, c[:dim] + (np.full_like(some, which),) + c[dim:], None
+        return
+    dim = _dim(parts, 2, "dim", len(shape))
+    size = parts.args[1]
+    if isinstance(size, (list, tuple)):
+        offset = sum(sizes.number(s) for s in size[:which])
+    elif parts.target is aten.split.Tensor:
+        offset = sizes.number(size) * which
+    else:
+        offset = -(-shape[dim] // sizes.number(size)) * which
+    yield source, _set(c, dim, c[dim] + offset), None
+
+
+_SPLITS = {
+    aten.split_with_sizes.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.unbind.int,
+}
+
+
+def _cat(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    dim = _dim(node, 1, "dim", len(c))
+    offset = 0
+    for part in node.args[0]:
+        shape = sizes.shape(part)
+        if len(shape) != len(c):  # torch.cat skips empty one-dimensional tensors
+            continue
+        keep = (c[dim] >= offset) & (c[dim] < offset + shape[dim])
+        if keep.any():
+            yield part, _set(c, dim, c[dim] - offset), keep
+        offset += shape[dim]
+
+
+def _stack(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
+    dim = _dim(node, 1, "dim", len(c))
+    for k, part in enumerate(node.args[0]):
+        keep = c[dim] == k
+        if keep.any():
+            yield part, c[:dim] + c[dim + 1 :], keep
+
+
+MOVES: dict[object, Callable[[fx.Node, Coords, Sizes], Iterator[Step]]] = {
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten._reshape_alias.default: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.squeeze.dim: _reshape,
+    aten.squeeze.dims: _reshape,
+    aten.squeeze.default: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
+    aten.view_as.default: _reshape,
+    aten.transpose.int: _transpose,
+    aten.swapaxes.default: _transpose,
+    aten.t.default: _t,
+    aten.numpy_T.default: _t,
+    aten.mT.default: lambda n, c, s: iter([(n.args[0], c[:-2] + (c[-1], c[-2]), None)]),
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
+    aten.select.int: _select,
+    aten.expand.default: _expand,
+    aten.expand_as.default: _expand,
+    aten.broadcast_to.default: _expand,
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    operator.getitem: _getitem,
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
+    aten.stack.default: _stack,
+    aten.contiguous.default: _same,
+    aten.clone.default: _same,
+    aten.alias.default: _same,
+    aten.detach.default: _same,
+    aten.lift_fresh_copy.default: _same,
+    aten.to.dtype: _same,
+    aten.to.dtype_layout: _same,
+    aten.to.device: _same,
+    aten.to.other: _same,
+    aten._to_copy.default: _same,
+    aten.type_as.default: _same,
+}
+
+
+class Pull:
+    """Walks elements of one graph back, under one size assignment."""
+
+    def __init__(self, memory: Memory, sizes: Sizes):
+        self.memory = memory
+        self.sizes = sizes
+        self.seen: set[fx.Node] = set()  # every node a proof looked at, for its replay on other layers
+
+    def points(self, node: fx.Node, coords: Coords, time: int) -> Points:
+        count = len(coords[0]) if coords else 1
+        return Points(node, coords, np.arange(count), time)
+
+    def walk(self, start: Points) -> list[Points]:
+        """Points at the nodes where the walk ends, in no particular order."""
+        done, todo = [], [start]
+        while todo:
+            points = todo.pop()
+            steps = self.step(points)
+            if steps is None:
+                done.append(points)
+            else:
+                todo.extend(steps)
+        return done
+
+    def trail(self, start: Points) -> Iterator[Points]:
+        """The nodes that hold *all* points on the way back, nearest first, up to where the walk splits or ends."""
+        points: Points | None = start
+        while points is not None:
+            yield points
+            steps = self.step(points)
+            points = steps[0] if steps is not None and len(steps) == 1 else None
+
+    def step(self, points: Points) -> list[Points] | None:
+        """One data movement back; None if the node computes its elements (or is an input)."""
+        node, coords = points.node, points.coords
+        self.seen.add(node)
+        if node in self.memory.writes and node.target in FRESH:
+            return self._fills(points)
+        move = MOVES.get(node.target) if node.op == "call_function" else None
+        if move is None:
+            source = aliased_argument(node)
+            if source is None or not any(w.node is node for w in self.memory.writes.get(self.memory.root(node), ())):
+                return None
+            return [replace(points, node=source)]  # the result of an in-place operator is its argument
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            self.seen.add(node.args[0])
+        time = self._read_time(points)
+        out = []
+        for source, moved, keep in move(node, coords, self.sizes):
+            moved = tuple(np.broadcast_to(c, points.index.shape) for c in moved)
+            kept = points if keep is None else points.take(keep)
+            moved = moved if keep is None else tuple(c[keep] for c in moved)
+            casts = points.casts
+            if source.meta["val"].dtype != node.meta["val"].dtype:
+                casts = casts | {source.meta["val"].dtype, node.meta["val"].dtype}
+            out.append(replace(kept, node=source, coords=moved, time=time, casts=casts))
+        return out or None
+
+    def _read_time(self, points: Points) -> int:
+        """When the node's source is read: with the reader if the node is a view, at the node itself if it copies."""
+        node = points.node
+        if aliased_argument(node) is None and node.target is not operator.getitem:
+            return self.memory.position[node]
+        if node.target in MAYBE_COPY and not self.memory.unchanged(node, self.memory.position[node], points.time):
+            raise MutatedOperand(f"`{node.name}` may or may not be a copy of a tensor that is overwritten later", node)
+        return points.time
+
+    def _fills(self, points: Points) -> list[Points] | None:
+        """Elements of a fresh buffer -> elements of what was copied into it last before the read."""
+        left, out = points, []
+        for write in reversed(self.memory.writes[points.node]):
+            if write.position >= points.time or not len(left.index):
+                continue
+            if write.node.target is not aten.copy_.default:
+                return None
+            coords, hit = self._invert(write.view, points.node, left.coords)
+            if not hit.any():
+                continue
+            self.seen.add(write.node)
+            source = write.node.args[1]
+            inside = left.take(hit)
+            moved = broadcast(tuple(c[hit] for c in coords), self.sizes.shape(source))
+            casts = inside.casts
+            if source.meta["val"].dtype != points.node.meta["val"].dtype:
+                casts = casts | {source.meta["val"].dtype, points.node.meta["val"].dtype}
+            out.append(replace(inside, node=source, coords=moved, time=write.position, casts=casts))
+            left = left.take(~hit)
+        return None if len(left.index) else out
+
+    def _invert(self, view: fx.Node, root: fx.Node, coords: Coords) -> tuple[Coords, Array]:
+        """Coordinates of ``root`` -> coordinates of a chain of slices and selects of it, and which of them it covers."""
+        chain = []
+        while view is not root:
+            chain.append(view)
+            view = view.args[0]
+        hit = np.ones(len(coords[0]), bool)
+        for node in reversed(chain):
+            self.seen.add(node)
+            if node.target is aten.slice.Tensor:
+                dim = _dim(node, 1, "dim", len(coords))
+                (_, origin, _) = next(_slice(node, tuple(np.zeros_like(c) for c in coords), self.sizes))
+                step = self.sizes.number(argument(node, 4, "step", 1))
+                offset = coords[dim] - origin[dim]
+                hit &= (offset >= 0) & (offset % step == 0) & (offset // step < self.sizes.shape(node)[dim])
+                coords = _set(coords, dim, offset // step)
+            elif node.target is aten.select.int:
+                shape = self.sizes.shape(node.args[0])
+                dim = _dim(node, 1, "dim", len(shape))
+                hit &= coords[dim] == self.sizes.number(node.args[2]) % shape[dim]
+                coords = coords[:dim] + coords[dim + 1 :]
+            elif node.target is not aten.alias.default:
+                raise Unsupported(f"buffer filled through `{node.target}`", node)
+        return coords, hit

@@ -1,0 +1,191 @@
+"""recognize_mla: attention whose keys and values are up-projections of one latent -> ``dsinfra::mla``.
+
+Before:  latent -> up-projection -> split, cat with the shared rope key -> attention (SDPA or softmax written out)
+After:   ``dsinfra::mla(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal)``, the old region left dead
+
+The identity is the one that ``structure.py`` proves; the operator computes the same sums. *Exact*: the same products in
+the same dtypes, accumulated in float32; a mask is dropped only if ``masks.py`` proved what it is. DeepSeek's reference
+form, where the query is already absorbed and scores are two products, becomes ``dsinfra::mla_decode`` directly.
+
+Refuses, with the failing fact: dropout, returned weights, sinks, softcaps, sliding windows, grouped heads, a bias in the
+up-projection, different latents, rope keys that differ between heads, values overwritten in between.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dscompile.passes import anchors, masks, replay, rope
+from dscompile.passes.absorbed_form import AbsorbedForm, prove_absorbed
+from dscompile.passes.anchors import Attention
+from dscompile.passes.bind import Binder, Bindings
+from dscompile.passes.facts import Evaluate
+from dscompile.passes.graph import assignments, module_path, source_line
+from dscompile.passes.masks import Mask
+from dscompile.passes.memory import Memory
+from dscompile.passes.record import PassRecord, Site
+from dscompile.passes.refusals import Refusal, SizesDisagree, Unsupported
+from dscompile.passes.shadow import Owner, Shadow
+from dscompile.passes.structure import Prover, Structure
+
+NAME = "recognize_mla"
+
+
+@dataclass
+class Match:
+    """A proved attention, ready to be written."""
+
+    anchor: fx.Node
+    attention: Attention
+    structure: Structure | AbsorbedForm
+    mask: Mask
+    site: Site
+
+
+class Recognizer:
+    """Proves the attentions of one shadow; identical layers are proved once."""
+
+    def __init__(self, shadow: Shadow):
+        self.shadow = shadow
+        self.memory = Memory(shadow.graph)
+        self.sizes = assignments(shadow.graph)
+        self.evaluators = [Evaluate(self.memory, s) for s in self.sizes]
+        self._proofs: list[tuple[Attention, Structure, set[fx.Node], str]] = []
+        self._masks: dict[tuple, Mask] = {}
+        self.replayed = 0
+
+    def match(self, anchor: fx.Node, attention: Attention) -> Match:
+        """Structure, mask and report line of one attention; raises a Refusal."""
+        absorbed = len(attention.terms) == 2
+        mask = self._mask(attention)
+        structure: Structure | AbsorbedForm
+        if absorbed:
+            structure, rotation = self._agree(lambda s: prove_absorbed(self.memory, s, attention)), ""
+        else:
+            structure, rotation = self._structure(attention)
+        site = Site(
+            kind="mla",
+            module_path=module_path(anchor),
+            source=source_line(anchor),
+            matched=True,
+            form=f"{attention.form}, {structure.describe()}" + (f", rope {rotation}" if rotation else ""),
+            mask=mask.kind + (f" ({mask.why})" if mask.kind == "operand" else ""),
+        )
+        return Match(anchor, attention, structure, mask, site)
+
+    def _agree(self, prove):
+        found = [prove(sizes) for sizes in self.sizes]
+        if any(f != found[0] for f in found):
+            raise SizesDisagree("the structure differs between two assignments of the symbolic sizes")
+        return found[0]
+
+    def _structure(self, attention: Attention) -> tuple[Structure, str]:
+        for old, structure, seen, rotation in self._proofs:
+            if (old.scale, old.result, old.form) != (attention.scale, attention.result, attention.form):
+                continue
+            renamed = replay.correspond(self.memory, seen, _roots(old, attention))
+            if renamed is not None:
+                self.replayed += 1
+                positions = {self.memory.position[o]: self.memory.position[n] for o, n in renamed.items()}
+                return replay.rename(structure, renamed, self.memory, positions), rotation
+        provers = {id(s): Prover(self.memory, s) for s in self.sizes}
+        structure = self._agree(lambda s: provers[id(s)].prove(attention))
+        seen = set().union(*(p.pull.seen for p in provers.values()))
+        rotation = self._rotation(attention, structure)
+        self._proofs.append((attention, structure, seen, rotation))
+        return structure, rotation
+
+    def _rotation(self, attention: Attention, structure: Structure) -> str:
+        if structure.rope == 0:
+            return "none"
+        prover = Prover(self.memory, self.sizes[-1])
+        first = 0 if structure.rope_first else structure.nope
+        (term,) = attention.terms
+        time = self.memory.position[attention.out]
+        at = {"b": 0, "h": 0, "s": 0, "t": 0}
+        names = []
+        for operand in (term.left, term.right):
+            coords = [
+                tuple({**at, "d": first + i}[c] for c in operand.labels) for i in range(structure.rope)
+            ]
+            names.append(rope.kind(prover.pull, operand.node, coords, time))
+        query, key = names
+        # A cached key was rotated before it was stored: its columns are bare elements of the cache.
+        return query if key in (query, "none") else f"query {query}, key {key}"
+
+    def _mask(self, attention: Attention) -> Mask:
+        shapes = [tuple(attention.size(c, s.shape) for c in "st") for s in self.sizes]
+        if attention.causal:
+            if any(s != t for s, t in shapes):
+                raise Unsupported("is_causal with fewer queries than keys is aligned to the first key", attention.out)
+            return Mask("causal")
+        if attention.mask is None:
+            return Mask("full")
+        node, time = attention.mask, self.memory.position[attention.softmax]
+        key = (node, attention.inverted, attention.mask_labels, tuple(shapes), self.memory.version(node, time))
+        if key not in self._masks:
+            found = [
+                masks.classify(e, node, s, t, time, labels=attention.mask_labels, inverted=attention.inverted)
+                for e, (s, t) in zip(self.evaluators, shapes, strict=True)
+            ]
+            if len({m.kind for m in found}) == 1:
+                self._masks[key] = found[0]
+            else:
+                self._masks[key] = Mask("operand", node, found[0].boolean, "it differs between sizes")
+        return self._masks[key]
+
+
+def _roots(old: Attention, new: Attention) -> list[tuple[fx.Node, fx.Node]]:
+    pairs = [(old.value.node, new.value.node), (old.out, new.out)]
+    for a, b in zip(old.terms, new.terms, strict=True):
+        pairs += [(a.left.node, b.left.node), (a.right.node, b.right.node)]
+    return pairs
+
+
+def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
+    """Rewrites every provable attention; -> the record, and what was bound for each rewritten site."""
+    record = PassRecord(NAME)
+    recognizer = Recognizer(shadow)
+    by_owner: dict[Owner, list[Match | Site]] = defaultdict(list)
+    for anchor, found in anchors.find(shadow.graph):
+        try:
+            if isinstance(found, Refusal):
+                raise found
+            match: Match | Site = recognizer.match(anchor, found)
+        except Refusal as refusal:
+            match = refused(anchor, refusal)
+        out = found.out if isinstance(found, Attention) else anchor
+        owners = shadow.owners.get(out) or [Owner(shadow.module, anchor)]
+        by_owner[owners[0]].append(match)
+    binder = Binder(shadow, recognizer.memory, training)
+    bound = []
+    for owner, matches in by_owner.items():
+        sites = [m if isinstance(m, Site) else m.site for m in matches]
+        if all(isinstance(m, Match) for m in matches):
+            try:
+                bound.append(binder.write(owner, matches))  # type: ignore[arg-type]
+            except Refusal as refusal:
+                sites = [refused(m.anchor, refusal, m.site) for m in matches]  # type: ignore[union-attr]
+        record.sites.extend(sites)
+    if recognizer.replayed:
+        record.note = f"{recognizer.replayed} of {len(record.sites)} sites by replay of an identical layer's proof"
+    return record, bound
+
+
+def refused(anchor: fx.Node, refusal: Refusal, site: Site | None = None) -> Site:
+    """Report line of a site that stays as it was."""
+    site = site or Site("mla", module_path(anchor), "", False)
+    site.matched = False
+    site.source = refusal.source(anchor)
+    site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
+    site.decision = "left to Inductor"
+    return site
+
+
+def is_training(inputs: list[object]) -> bool:
+    """True if the graph will be differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)

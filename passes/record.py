@@ -1,0 +1,53 @@
+"""What a pass reports: a :class:`Site` for each place it looked at, a :class:`PassRecord` for the pass itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Site:
+    """One attention of the model, lowered or refused.
+
+    ``form`` says how it was written, ``decision`` what it became and why, ``kernel`` what will run, ``reason`` (with
+    ``refusal``, the class name, and ``hint``) why it was left to Inductor.
+    """
+
+    kind: str
+    module_path: str
+    source: str
+    matched: bool
+    form: str = ""
+    mask: str = ""
+    decision: str = ""
+    kernel: str = ""
+    reason: str = ""
+    refusal: str = ""
+    hint: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass
+class PassRecord:
+    """Considered, matched and refused sites of one pass, and the seconds it took."""
+
+    name: str
+    sites: list[Site] = field(default_factory=list)
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def matched(self) -> int:
+        return sum(s.matched for s in self.sites)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "seconds": round(self.seconds, 4),
+            "considered": len(self.sites),
+            "matched": self.matched,
+            "note": self.note,
+            "sites": [s.as_dict() for s in self.sites],
+        }

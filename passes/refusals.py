@@ -1,0 +1,134 @@
+"""Why a site was left to Inductor: one exception class per reason.
+
+A :class:`Refusal` is raised inside a proof and caught by the pass, which turns it into a line of the report. It says
+what was found, at which node, and what would make the site match (``hint``).
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dscompile.passes.graph import source_line
+
+
+class Refusal(Exception):
+    """Base class. ``node`` is the shadow node that broke the proof."""
+
+    hint = ""
+
+    def __init__(self, found: str, node: fx.Node | None = None):
+        super().__init__(found)
+        self.found = found
+        self.node = node
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def source(self, fallback: fx.Node | None = None) -> str:
+        line = source_line(self.node)
+        return line if line != "?" else source_line(fallback)
+
+
+class NotAttention(Refusal):
+    """A softmax that is no attention (a router, a pooling): reported only on request."""
+
+
+class NotBilinear(Refusal):
+    """Scores are something else than scale * q.k + mask (softcap, learned bias, normalised scores)."""
+
+    hint = "scores must be matmul(q, k^T) times a constant, plus a mask"
+
+
+class SoftmaxSink(Refusal):
+    """Extra columns take part in the softmax."""
+
+    hint = "attention sinks have no lowering here"
+
+
+class ProbabilitiesUsed(Refusal):
+    """The attention weights are returned or used a second time."""
+
+    hint = "ask for no attention weights (output_attentions=False)"
+
+
+class AttentionDropout(Refusal):
+    """Dropout on the attention weights is active."""
+
+    hint = "set attention_dropout to 0; the kernels draw no random numbers"
+
+
+class SlidingWindow(Refusal):
+    """The mask is a sliding window."""
+
+    hint = "only full, causal, length and operand masks are lowered"
+
+
+class GroupedHeads(Refusal):
+    """Fewer key heads than query heads: grouped-query attention, not MLA."""
+
+    hint = "MLA up-projects one latent to as many key heads as there are query heads"
+
+
+class NoUpProjection(Refusal):
+    """Keys or values are not an up-projection of a latent."""
+
+    hint = "keys and values must be linear in one latent; a cache of expanded heads hides it (transformers >= 5.15 caches the latent)"
+
+
+class UpProjectionBias(Refusal):
+    """The up-projection has a bias."""
+
+    hint = "a bias in the key/value up-projection can't be absorbed"
+
+
+class DifferentLatents(Refusal):
+    """Keys and values come from different latents."""
+
+    hint = "keys and values must come from the same latent at the same position"
+
+
+class RowsDisagree(Refusal):
+    """Rows of the up-projection are not offset + head * stride + d."""
+
+    hint = "each head must own evenly spaced rows of one weight"
+
+
+class PerHeadRopeKey(Refusal):
+    """The rotated part of the key differs between heads."""
+
+    hint = "MLA shares one rotated key between all heads"
+
+
+class KeyLayout(Refusal):
+    """The key's columns are not one block of up-projected and one block of shared columns."""
+
+    hint = "keys must be [nope | rope] or [rope | nope]"
+
+
+class UnboundValue(Refusal):
+    """A value the operator needs has no tensor of its own in the graph that holds the attention."""
+
+    hint = "the value crosses a region (checkpoint, higher-order operator) or exists only inside a fused call"
+
+
+class MutatedOperand(Refusal):
+    """A value is overwritten between its use and the attention."""
+
+    hint = "move the in-place update behind the attention"
+
+
+class NarrowedPrecision(Refusal):
+    """The rewrite would compute in a narrower dtype than the model does."""
+
+    hint = "cast before the up-projection, not behind it"
+
+
+class SizesDisagree(Refusal):
+    """The structure found at two assignments of the symbolic sizes differs."""
+
+    hint = "mark the sizes static or report the model"
+
+
+class Unsupported(Refusal):
+    """A form the prover has no rule for."""

@@ -1,0 +1,425 @@
+"""The proof that an attention is multi-head latent attention: coordinates of keys, values and queries.
+
+For every head and column, at several (request, position) points, elements are pulled back to the up-projection and its
+latent. The identity shown is
+
+    key[b, h, t, :]   = [ W_uk[h] c[b, t] | k_rope[b, t] ]      (or the other way round)
+    value[b, h, t, :] =   W_uv[h] c[b, t]
+
+with one latent ``c``, rows ``offset + h * stride + d`` of a weight for ``W_uk`` and ``W_uv``, and a rotated part that
+does not depend on the head. Whether and how it was rotated is no part of the proof: ``rope.py`` reports it.
+The result names shadow nodes and how to read them (:class:`Slot`); it refers to no size, so that proofs at two size
+assignments can be compared for equality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from dscompile.passes.anchors import Attention, Operand
+from dscompile.passes.graph import Sizes
+from dscompile.passes.memory import Memory
+from dscompile.passes.prove import Array, Coords, Points, Pull, ravel
+from dscompile.passes.refusals import (
+    DifferentLatents,
+    GroupedHeads,
+    KeyLayout,
+    NoUpProjection,
+    PerHeadRopeKey,
+    RowsDisagree,
+    Unsupported,
+    UpProjectionBias,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How to read a value off a node: a label for each dimension ('1' = drop it), ``offset`` into the last label's
+    dimension, and ``time`` when the model reads it."""
+
+    node: fx.Node
+    labels: str
+    offset: int
+    time: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Weight of shape [H, width, C]: rows ``offset + h * stride + d`` of ``node`` as a matrix with C columns."""
+
+    node: fx.Node
+    offset: int
+    stride: int
+    width: int
+    transposed: bool
+    time: int
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A latent that lies in pages: ``pool[table]``; ``offset`` is its first column in a pool row."""
+
+    pool: fx.Node
+    table: fx.Node
+    offset: int
+    time: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was proved. Slots list where each value can be read, best choice first."""
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    rank: int
+    rope_first: bool
+    q_nope: tuple[Slot, ...]
+    q_rope: tuple[Slot, ...]
+    latent: tuple[Slot, ...]
+    k_rope: tuple[Slot, ...]
+    w_uk: Rows
+    w_uv: Rows
+    latent_pages: Pages | None
+    rope_pages: Pages | None
+
+    def describe(self) -> str:
+        order = "rope first, " if self.rope_first else ""
+        return f"H {self.heads}, {order}N {self.nope} + R {self.rope}, V {self.value}, C {self.rank}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Contractions: element = sum_k latent[.., k] * weight[.., k]; both hold k = 0, the axes say where k goes."""
+
+    latent: Points
+    latent_axis: int
+    weight: Points
+    weight_axis: int
+
+    def at(self, weight: bool, k: int) -> Points:
+        points, axis = (self.weight, self.weight_axis) if weight else (self.latent, self.latent_axis)
+        coords = tuple(np.full_like(c, k) if i == axis else c for i, c in enumerate(points.coords))
+        return replace(points, coords=coords)
+
+
+def labelled(coords: dict[str, Array], labels: str) -> Coords:
+    return tuple(coords[c] for c in labels)
+
+
+class Prover:
+    """Proves one attention under one size assignment."""
+
+    def __init__(self, memory: Memory, sizes: Sizes):
+        self.memory, self.sizes = memory, sizes
+        self.pull = Pull(memory, sizes)
+
+    def prove(self, attention: Attention) -> Structure:
+        """The structure of an attention with one score term; raises a Refusal."""
+        (term,) = attention.terms
+        shape = self.sizes.shape
+        batch, heads, keys, width = (attention.size(c, shape) for c in "bhtd")
+        queries, value_width = attention.size("s", shape), attention.size("v", shape)
+        for operand in (term.right, attention.value):
+            own = shape(operand.node)[operand.labels.index("h")] if "h" in operand.labels else 1
+            if own != heads:
+                raise GroupedHeads(f"{own} key heads for {heads} query heads", operand.node)
+        time = self.memory.position[attention.out]
+        spots = _spots(batch, keys)
+        value = self._rows(attention.value, spots, heads, "v", value_width, time)
+        latent = self._latent(value, spots, heads, value_width, attention.value.node)
+        w_uv = self._weight(value, heads, value_width, attention.value.node)
+        nope, rope_first = self._split_key(term.right, latent, spots, heads, width, time)
+        rope = width - nope
+        first, rest = (rope, 0) if rope_first else (0, nope)
+        key = self._rows(term.right, spots, heads, "d", nope, time, first)
+        if not self.same(latent[0][0], self._latent(key, spots, heads, nope, term.right.node)[0][0]):
+            raise DifferentLatents("keys and values read different elements of the latent", term.right.node)
+        w_uk = self._weight(key, heads, nope, term.right.node)
+        rank = self._rank(value)
+        if rank >= heads * nope:
+            raise NoUpProjection(
+                f"the source of keys and values is {rank} wide, no narrower than {heads} heads x {nope}: "
+                "plain multi-head attention",
+                term.right.node,
+            )
+        k_rope = self._shared(term.right, spots, heads, rope, rest, time)
+        q_spots = _spots(batch, queries)
+        return Structure(
+            heads=heads,
+            nope=nope,
+            rope=rope,
+            value=value_width,
+            rank=rank,
+            rope_first=rope_first,
+            q_nope=self.slots(self._grid(term.left, q_spots, "s", heads, nope, first, time), "bhsd"),
+            q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd") if rope else (),
+            latent=self.slots(*latent),
+            k_rope=self.slots(*k_rope) if rope else (),
+            w_uk=w_uk,
+            w_uv=w_uv,
+            latent_pages=self._pages(*latent),
+            rope_pages=self._pages(*k_rope) if rope else None,
+        )
+
+    def _rank(self, row: _Row) -> int:
+        return self.sizes.shape(row.latent.node)[row.latent_axis]
+
+    # ---- points
+
+    def grid(
+        self, operand: Operand, batch: int, length: int, position: str, heads: int, width: int, time: int
+    ) -> tuple[Points, dict[str, Array]]:
+        """All columns (of all heads) of an operand at a few (request, position) spots."""
+        return self._grid(operand, _spots(batch, length), position, heads, width, 0, time)
+
+    def _grid(
+        self, operand: Operand, spots: Array, position: str, heads: int, width: int, first: int, time: int
+    ) -> tuple[Points, dict[str, Array]]:
+        """All (spot, column, head) of an operand, heads fastest; ``first`` is the first column."""
+        spot, d, h = (x.reshape(-1) for x in np.meshgrid(np.arange(len(spots)), np.arange(width), np.arange(heads), indexing="ij"))
+        names = {"b": spots[spot, 0], position: spots[spot, 1], "h": h, "d": d + first}
+        coords = labelled({**names, "v": names["d"]}, operand.labels)
+        wanted = {"b": names["b"], position: names[position], "h": h, "d": d}
+        return Points(operand.node, coords, np.arange(len(d)), time), wanted
+
+    # ---- the up-projection
+
+    def _rows(self, operand: Operand, spots: Array, heads: int, label: str, width: int, time: int, first: int = 0) -> _Row:
+        """Every element of a block of columns as a contraction; refuses if one is something else."""
+        points, _ = self._grid(operand, spots, "t", heads, width, first, time)
+        ends = self.pull.walk(points)
+        if len(ends) != 1:
+            raise NoUpProjection(f"columns come from {len(ends)} tensors: {_names(ends)}", ends[0].node)
+        row = self.contraction(ends[0])
+        if row is None:
+            raise NoUpProjection(f"columns are `{ends[0].node.target}`, not an up-projection", ends[0].node)
+        return row
+
+    def contraction(self, p: Points) -> _Row | None:
+        """Points as products of a latent with a weight, or None."""
+        node, order = p.node, np.argsort(p.index)
+        coords = tuple(c[order] for c in p.coords)
+        if node.target in (aten.addmm.default, aten.baddbmm.default):
+            raise UpProjectionBias("the up-projection adds a bias", node)
+        if node.target is aten.linear.default and len(node.args) > 2 and node.args[2] is not None:
+            raise UpProjectionBias("the up-projection adds a bias", node)
+        sides = self._factors(node, coords)
+        if sides is None:
+            return None
+        self.pull.seen.add(node)
+        time, index = self.memory.position[node], np.arange(len(p.index))
+        (latent, at, axis), (weight, at_weight, axis_weight) = sides
+        return _Row(Points(latent, at, index, time), axis, Points(weight, at_weight, index, time), axis_weight)
+
+    def _factors(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
+        """[(latent, coordinates at k = 0, k's axis), (weight, ...)]."""
+        if node.target is aten.einsum.default:
+            return self._einsum(node, coords)
+        if node.target not in (aten.linear.default, aten.matmul.default, aten.mm.default):
+            return None
+        left, right = node.args[0], node.args[1]
+        if len(self.sizes.shape(right)) != 2:
+            return None
+        k = np.zeros_like(coords[0])
+        linear = node.target is aten.linear.default
+        weight = (right, (coords[-1], k), 1) if linear else (right, (k, coords[-1]), 0)
+        return [(left, coords[:-1] + (k,), len(coords) - 1), weight]
+
+    def _einsum(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
+        inputs, _, result = str(node.args[0]).replace(" ", "").partition("->")
+        names = inputs.split(",")
+        summed = set("".join(names)) - set(result)
+        if len(names) != 2 or len(summed) != 1 or "." in inputs:
+            return None
+        k = summed.pop()
+        at = dict(zip(result, coords, strict=True)) | {k: np.zeros_like(coords[0])}
+        sides = [(n, labelled(at, names[i]), names[i].index(k)) for i, n in enumerate(node.args[1])]
+        if self._is_weight(sides[0][0]) and not self._is_weight(sides[1][0]):
+            sides.reverse()
+        return sides
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        root = self.memory.root(node)
+        return root.op in ("placeholder", "get_attr") and isinstance(root.meta["val"], torch.nn.Parameter)
+
+    def _weight(self, row: _Row, heads: int, width: int, node: fx.Node) -> Rows:
+        """Rows of the weight that the block uses: every one, at the first and the last k."""
+        first, last = (self._weight_at(row, k) for k in (0, self._rank(row) - 1))
+        root, rows, transposed, time = first
+        table = rows.reshape(-1, width, heads)
+        offset = int(table[0, 0, 0])
+        stride = int(table[0, 0, 1]) - offset if heads > 1 else width
+        expected = offset + np.arange(heads)[None, :] * stride + np.arange(width)[:, None]
+        same = root is last[0] and transposed == last[2] and (rows == last[1]).all()
+        if not same or (table != expected[None]).any() or stride < width:
+            raise RowsDisagree("rows are not offset + head * stride + d of one weight", row.weight.node)
+        return Rows(root, offset, stride, width, transposed, time)
+
+    def _weight_at(self, row: _Row, k: int) -> tuple[fx.Node, Array, bool, int]:
+        """(weight, rows read, transposed, time of the read) at one k."""
+        ends = self.pull.walk(row.at(True, k))
+        if len(ends) != 1:
+            raise RowsDisagree(f"the weight is put together from {_names(ends)}", row.weight.node)
+        (end,) = ends
+        order, rank = np.argsort(end.index), self._rank(row)
+        coords, shape = tuple(c[order] for c in end.coords), self.sizes.shape(end.node)
+        if len(shape) >= 2 and shape[-1] == rank and (coords[-1] == k).all():
+            return end.node, ravel(coords[:-1], shape[:-1]), False, end.time
+        if len(shape) == 2 and shape[0] == rank and (coords[0] == k).all():
+            return end.node, coords[1], True, end.time
+        raise RowsDisagree("the weight is no matrix of rows as long as the latent", end.node)
+
+    # ---- latent and rope key
+
+    def _latent(
+        self, row: _Row, spots: Array, heads: int, width: int, node: fx.Node
+    ) -> tuple[tuple[Points, dict[str, Array]], str]:
+        """Points of the whole latent at each spot; refuses if it depends on head or column."""
+        coords = tuple(c.reshape(len(spots), width * heads) for c in row.latent.coords)
+        if any((c != c[:, :1]).any() for c in coords):
+            raise DifferentLatents("heads or columns read different latents", node)
+        rank = self._rank(row)
+        k = np.tile(np.arange(rank), len(spots))
+        at = tuple(k if i == row.latent_axis else np.repeat(c[:, 0], rank) for i, c in enumerate(coords))
+        wanted = {"b": np.repeat(spots[:, 0], rank), "t": np.repeat(spots[:, 1], rank), "d": k}
+        return (Points(row.latent.node, at, np.arange(len(k)), row.latent.time), wanted), "btd"
+
+    def same(self, a: Points, b: Points) -> bool:
+        """True if both read the same elements of the same versions."""
+        return self._identity(a) == self._identity(b)
+
+    def _identity(self, points: Points) -> dict:
+        found = {}
+        for end in self.pull.walk(points):
+            order = np.argsort(end.index)
+            key = (end.node, self.memory.version(end.node, end.time))
+            found[key] = tuple(x[order].tobytes() for x in (end.index, *end.coords))
+        return found
+
+    def _split_key(
+        self, key: Operand, latent: tuple, spots: Array, heads: int, width: int, time: int
+    ) -> tuple[int, bool]:
+        """(number of up-projected columns, whether the rotated ones come first)."""
+        points, wanted = self._grid(key, spots[:1], "t", heads, width, 0, time)
+        projected = np.zeros(len(points.index), bool)
+        other: fx.Node | None = None
+        source = self._identity(latent[0][0].take(np.array([0])))
+        for end in self.pull.walk(points):
+            row = self.contraction(end)
+            if row is None:
+                continue
+            first = row.latent.take(np.array([0]))
+            if self._identity(replace(first, index=np.zeros(1, np.int64))) != source:
+                other = end.node
+                continue
+            projected[end.index] = True
+        columns = projected.reshape(width, heads)
+        if (columns != columns[:, :1]).any():
+            raise KeyLayout("some heads' columns are up-projected, others not", key.node)
+        flags = columns[:, 0]
+        nope = int(flags.sum())
+        if nope == 0 and other is not None:
+            raise DifferentLatents("keys and values are up-projected from different latents", other)
+        if nope == 0:
+            raise NoUpProjection("no column of the key is an up-projection of the values' latent", key.node)
+        rope_first = not flags[0]
+        expected = np.arange(width) >= width - nope if rope_first else np.arange(width) < nope
+        if (flags != expected).any():
+            raise KeyLayout("up-projected and shared columns of the key are interleaved", key.node)
+        return nope, rope_first
+
+    def _shared(
+        self, key: Operand, spots: Array, heads: int, rope: int, first: int, time: int
+    ) -> tuple[tuple[Points, dict[str, Array]], str]:
+        """Points of the rotated key part (head 0); refuses if another head reads another element."""
+        if rope == 0:
+            return self._grid(key, spots, "t", 1, 0, first, time), "btd"
+        points, _ = self._grid(key, spots, "t", heads, rope, first, time)
+        for end in self.pull.walk(points):
+            order = np.argsort(end.index)
+            index = end.index[order]
+            whole = len(index) % heads == 0 and (index.reshape(-1, heads) // heads == index[::heads, None] // heads).all()
+            if not whole or any((c[order].reshape(-1, heads) != c[order][::heads, None]).any() for c in end.coords):
+                raise PerHeadRopeKey("the part of the key behind the up-projected columns differs between heads", end.node)
+        return self._grid(key, spots, "t", 1, rope, first, time), "btd"
+
+    # ---- where to read a value
+
+    def slots(self, grid: tuple[Points, dict[str, Array]], labels: str) -> tuple[Slot, ...]:
+        """Nodes on the way back that hold the whole value, deepest first, those that need no slicing before others."""
+        points, wanted = grid
+        found: list[Slot] = []
+        dtype = points.node.meta["val"].dtype
+        for step in self.pull.trail(points):
+            if step.node.meta["val"].dtype != dtype:
+                break
+            slot = self._slot(step, wanted, labels)
+            if slot is not None:
+                found.append(slot)
+        found.reverse()
+        if not found:
+            raise Unsupported(f"no tensor holds the value `{labels}` whole", points.node)
+        return tuple(sorted(found, key=lambda s: s.offset != 0 or not self._whole(s, wanted)))
+
+    def _whole(self, slot: Slot, wanted: dict[str, Array]) -> bool:
+        axis = slot.labels.find("d")
+        return axis < 0 or self.sizes.shape(slot.node)[axis] == int(wanted["d"].max()) + 1
+
+    def _slot(self, step: Points, wanted: dict[str, Array], labels: str) -> Slot | None:
+        shape = self.sizes.shape(step.node)
+        order = np.argsort(step.index)
+        names, offset, used = "", 0, set()
+        for size, c in zip(shape, (c[order] for c in step.coords), strict=True):
+            if size == 1:
+                names += "1"
+                continue
+            hit = next((k for k in labels if k not in used and len(c) == len(wanted[k]) and (c == wanted[k]).all()), None)
+            if hit is None and "d" not in used and len({*(c - wanted["d"])}) == 1 and c[0] >= wanted["d"][0]:
+                hit, offset = "d", int(c[0] - wanted["d"][0])
+            if hit is None:
+                return None
+            used.add(hit)
+            names += hit
+        missing = [k for k in labels if k not in used and wanted[k].any()]
+        return None if missing else Slot(step.node, names, offset, step.time)
+
+    def _pages(self, grid: tuple[Points, dict[str, Array]], labels: str) -> Pages | None:
+        """The value as ``pool[table]`` with 64-token pages, if that is where the trail ends."""
+        points, wanted = grid
+        last = None
+        for last in self.pull.trail(points):
+            pass
+        if last is None or last.node.target is not aten.index.Tensor:
+            return None
+        pool, indices = last.node.args
+        if len(indices) != 1 or len(self.sizes.shape(indices[0])) != 2 or len(last.coords) < 4:
+            return None
+        self.pull.seen.add(last.node)
+        order = np.argsort(last.index)
+        request, page, row, *middle, column = (c[order] for c in last.coords)
+        size = self.sizes.shape(last.node)[2]
+        fits = (request == wanted["b"]).all() and (page * size + row == wanted["t"]).all()
+        offset = column - wanted["d"]
+        if size != 64 or not fits or any(m.any() for m in middle) or len({*offset}) != 1:
+            return None
+        return Pages(pool, indices[0], int(offset[0]), self.memory.position[last.node])
+
+
+def _names(ends: list[Points]) -> str:
+    return ", ".join(sorted({f"`{e.node.name}`" for e in ends}))
+
+
+def _spots(batch: int, length: int) -> Array:
+    """(request, position) pairs to look at: corners and a few in between, distinct."""
+    rng = np.random.default_rng(0)
+    pairs = [(0, 0), (batch - 1, length - 1), (0, length - 1), (batch - 1, 0), (0, min(1, length - 1))]
+    pairs += [(int(rng.integers(batch)), int(rng.integers(length))) for _ in range(3)]
+    return np.array(sorted(set(pairs)))
