@@ -41,20 +41,20 @@ def run(bound: list[Bindings]) -> PassRecord:
         try:
             reason = _refuse(site)
             better, why = (False, reason) if reason else _cheaper(site)
-            site.site.decision = f"mla, expanded: {why}"
+            site.site.decision = f"mla: {why}"
             if better:
                 _absorb(site, lengths)
-                site.site.decision = f"mla_decode, absorbed: {why}"
+                site.site.decision = f"mla_decode: {why}"
         except Refusal as refusal:
-            site.site.decision = f"mla, expanded: {refusal.found}"
+            site.site.decision = f"mla: expanded, {refusal.found}"
     return record
 
 
 def _refuse(site: Bindings) -> str:
     if site.training:
-        return "training needs the backward of the expanded form"
+        return "expanded: training needs the backward of the expanded form"
     if site.mask.kind == "operand" and not site.mask.boolean:
-        return "an additive mask has no absorbed form"
+        return "expanded: an additive mask has no absorbed form"
     return ""
 
 

@@ -41,7 +41,7 @@ def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> Absorb
     if any("h" in t.right.labels for t in terms) or "h" in value.labels:
         raise Unsupported("two score terms, but keys with a head dimension", attention.softmax)
     time = memory.position[attention.out]
-    rank = attention.size("v", sizes.shape)
+    rank, dtype = attention.size("v", sizes.shape), attention.dtype
 
     def whole(operand: Operand, position: str, heads: int, width: int):
         batch, length = (sizes.shape(operand.node)[operand.labels.index(c)] for c in ("b", position))
@@ -62,8 +62,8 @@ def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> Absorb
         heads=heads,
         rank=rank,
         rope=turn,
-        q_latent=prover.slots(whole(latent.left, "s", heads, rank), "bshd"),
-        q_rope=prover.slots(whole(rotated.left, "s", heads, turn), "bshd"),
-        latent=prover.slots(whole(latent.right, "t", 1, rank), "btd"),
-        k_rope=prover.slots(whole(rotated.right, "t", 1, turn), "btd"),
+        q_latent=prover.slots(whole(latent.left, "s", heads, rank), "bshd", dtype),
+        q_rope=prover.slots(whole(rotated.left, "s", heads, turn), "bshd", dtype),
+        latent=prover.slots(whole(latent.right, "t", 1, rank), "btd", dtype),
+        k_rope=prover.slots(whole(rotated.right, "t", 1, turn), "btd", dtype),
     )

@@ -76,7 +76,11 @@ class Attention:
     inverted: bool = False
     causal: bool = False
     form: str = "sdpa"
-    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the attention computes in (under autocast its operands are cast to it)."""
+        return self.out.meta["val"].dtype
 
     def size(self, label: str, shape_of) -> int:
         """Length of a labelled dimension; ``shape_of`` gives the shape of a node."""

@@ -8,7 +8,7 @@ if every run binds to the same nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,7 +102,8 @@ class Binder:
                     plan[name] = read
         if match.mask.kind in ("length", "operand"):
             softmax = self.memory.position[match.attention.softmax]
-            plan["mask"] = self._choose(owner, "mask", (Slot(match.mask.node, "", 0, softmax),), time)
+            node = match.mask.node
+            plan["mask"] = self._choose(owner, "mask", (Slot(node, "", 0, softmax, node.meta["val"].dtype),), time)
         return plan
 
     def _held(self, owner: Owner, node: fx.Node) -> fx.Node | None:
@@ -120,7 +121,7 @@ class Binder:
             if held is None:
                 continue
             if self.memory.unchanged(slot.node, slot.time, time):
-                return Read(held, _untimed(slot))
+                return Read(held, replace(slot, time=0))
             overwritten = slot.node
         if overwritten is not None:
             raise MutatedOperand(f"`{name}` is overwritten between its use and the attention", overwritten)
@@ -132,7 +133,7 @@ class Binder:
             raise UnboundValue(f"the weight `{name}` has no tensor in the graph of the attention", rows.node)
         if not self.memory.unchanged(rows.node, rows.time, time):
             raise MutatedOperand(f"the weight `{name}` is overwritten before the attention", rows.node)
-        return Read(held, Rows(rows.node, rows.offset, rows.stride, rows.width, rows.transposed, 0))
+        return Read(held, replace(rows, time=0))  # two runs of one body read the same way at different times
 
     def _page_read(self, owner: Owner, pages: Pages | None, time: int) -> Read | None:
         if pages is None:
@@ -144,19 +145,20 @@ class Binder:
     # ---- writing
 
     def _value(self, e: Emitter, read: Read, wanted: str, width: int, dtype: torch.dtype) -> fx.Node:
-        return self._cast(e, e.read(read.node, read.slot, wanted, width), dtype)  # type: ignore[arg-type]
+        """A value as the model uses it, in the dtype the attention computes in."""
+        assert isinstance(read.slot, Slot)
+        return self._cast(e, e.read(read.node, read.slot, wanted, width), read.slot.dtype, dtype)
 
-    def _cast(self, e: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        value = node.meta["example_value"]
-        if value.dtype.itemsize > dtype.itemsize and not torch.is_autocast_enabled(value.device.type):
-            raise NarrowedPrecision(f"`{node.name}` is {value.dtype}, the attention computes in {dtype}")
-        return e.cast(node, dtype)
+    def _cast(self, e: Emitter, node: fx.Node, used: torch.dtype, dtype: torch.dtype) -> fx.Node:
+        if used.itemsize > dtype.itemsize:
+            raise NarrowedPrecision(f"`{node.name}` is used in {used}, the attention computes in {dtype}")
+        return e.cast(e.cast(node, used), dtype)
 
     def _expanded(self, e: Emitter, owner: Owner, match: Match, plan: dict[str, Read]) -> Bindings:
         s = match.structure
         assert isinstance(s, Structure)
-        q_nope = e.read(plan["q_nope"].node, plan["q_nope"].slot, "bhsd", s.nope)  # type: ignore[arg-type]
-        dtype = q_nope.meta["example_value"].dtype
+        dtype = match.attention.dtype
+        q_nope = self._value(e, plan["q_nope"], "bhsd", s.nope, dtype)
         latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
         if s.rope:
             q_rope = self._value(e, plan["q_rope"], "bhsd", s.rope, dtype)
@@ -181,15 +183,15 @@ class Binder:
         count = shape[1] if rows.transposed else int(torch.Size(shape[:-1]).numel())
         if window(rows) + heads * rows.stride > count:
             raise RowsDisagree(f"the last head's block of {rows.stride} rows ends behind row {count}", rows.node)
-        return self._cast(e, e.weight(read.node, rows, heads), dtype)
+        return self._cast(e, e.weight(read.node, rows, heads), rows.dtype, dtype)
 
     def _absorbed(self, e: Emitter, owner: Owner, match: Match, plan: dict[str, Read]) -> Bindings:
         s = match.structure
         assert isinstance(s, AbsorbedForm)
         if self.training:
             raise Unsupported("the absorbed form has no backward here: train the expanded form", match.anchor)
-        q_latent = e.read(plan["q_latent"].node, plan["q_latent"].slot, "bshd", s.rank)  # type: ignore[arg-type]
-        dtype = q_latent.meta["example_value"].dtype
+        dtype = match.attention.dtype
+        q_latent = self._value(e, plan["q_latent"], "bshd", s.rank, dtype)
         q_rope = self._value(e, plan["q_rope"], "bshd", s.rope, dtype)
         latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
         k_rope = self._value(e, plan["k_rope"], "btd", s.rope, dtype)
@@ -224,7 +226,7 @@ class Binder:
             out = e.call(aten.permute.default, out, ["bhsv".index(c) for c in labels])
         before, after = owner.node.meta["example_value"], out.meta["example_value"]
         out = e.cast(out, before.dtype)
-        if before.stride() != after.stride() and before.is_contiguous() and _is_viewed(owner.node):
+        if _strides(before) != _strides(after) and _strides(before) == _packed(before) and _is_viewed(owner.node):
             out = e.call(aten.contiguous.default, out)
         return out
 
@@ -273,9 +275,23 @@ def _device(node: fx.Node) -> torch.device:
     return node.meta["example_value"].device
 
 
-def _untimed(slot: Slot) -> Slot:
-    """A slot without its time: two runs of one body read the same way at different times."""
-    return Slot(slot.node, slot.labels, slot.offset, 0)
+def _expr(size: int | torch.SymInt) -> object:
+    """A size to compare: symbolic ones as expressions, since comparing them as integers would install guards."""
+    return size if isinstance(size, int) else size.node.expr
+
+
+def _strides(value: torch.Tensor) -> list[object]:
+    return [_expr(s) for s in value.stride()]
+
+
+def _packed(value: torch.Tensor) -> list[object]:
+    """Strides of a contiguous tensor of this shape."""
+    strides: list[object] = []
+    step: object = 1
+    for size in reversed(value.shape):
+        strides.insert(0, step)
+        step = step * _expr(size)  # type: ignore[operator]
+    return strides
 
 
 def _is_viewed(node: fx.Node) -> bool:

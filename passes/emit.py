@@ -35,13 +35,13 @@ class Emitter:
         self.anchor = anchor
         self.graph = anchor.graph
         self.made: list[fx.Node] = []
+        # Dynamo's own fake mode: the tracing context holds a later one, and values of two modes don't mix.
+        values = pytree.tree_leaves(anchor.meta["example_value"])
+        self.mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), contextlib.nullcontext())
 
     def call(self, target: Callable, *args: object, **kwargs: object) -> fx.Node:
         fakes, fake_kwargs = fx.node.map_arg((args, kwargs), example)
-        # Dynamo's own mode: the tracing context holds a later one, and values of two modes don't mix.
-        tensors = pytree.tree_leaves(fakes)
-        mode = next((a.fake_mode for a in tensors if isinstance(a, FakeTensor)), None)
-        with mode or contextlib.nullcontext():
+        with self.mode:
             value = target(*fakes, **fake_kwargs)
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)

@@ -43,6 +43,8 @@ class _Element:
     def operand(self, node: fx.Node, value: object, at: tuple[int, ...], depth: int) -> sympy.Expr:
         if isinstance(value, (int, float)):
             return sympy.sympify(value)
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), (int, torch.SymInt)):
+            return sympy.Integer(self.pull.sizes.number(value))
         if not is_tensor(value):
             raise _NotRotation(f"an opaque argument of {node.target}")
         shape = self.pull.sizes.shape(value)  # type: ignore[arg-type]

@@ -41,12 +41,13 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Slot:
     """How to read a value off a node: a label for each dimension ('1' = drop it), ``offset`` into the last label's
-    dimension, and ``time`` when the model reads it."""
+    dimension, ``time`` when the model reads it, and ``dtype`` that the model casts it to before use."""
 
     node: fx.Node
     labels: str
     offset: int
     time: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Rows:
     width: int
     transposed: bool
     time: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ class Structure:
 
 @dataclass(frozen=True)
 class _Row:
-    """Contractions: element = sum_k latent[.., k] * weight[.., k]; both hold k = 0, the axes say where k goes."""
+    """Contractions: element = sum_k latent[.., k] * weight[.., k]; both hold k = 0, the axes say where k goes.
+    ``dtype`` is that of the product: under autocast its operands are cast to it."""
 
+    dtype: torch.dtype
     latent: Points
     latent_axis: int
     weight: Points
@@ -144,13 +148,14 @@ class Prover:
             raise DifferentLatents("keys and values read different elements of the latent", term.right.node)
         w_uk = self._weight(key, heads, nope, term.right.node)
         rank = self._rank(value)
-        if rank >= heads * nope:
+        if rope == 0 and rank >= heads * nope:  # a shared rotated part is MLA at any width (tensor-parallel shards)
             raise NoUpProjection(
                 f"the source of keys and values is {rank} wide, no narrower than {heads} heads x {nope}: "
                 "plain multi-head attention",
                 term.right.node,
             )
         k_rope = self._shared(term.right, spots, heads, rope, rest, time)
+        dtype = attention.dtype
         q_spots = _spots(batch, queries)
         return Structure(
             heads=heads,
@@ -159,10 +164,10 @@ class Prover:
             value=value_width,
             rank=rank,
             rope_first=rope_first,
-            q_nope=self.slots(self._grid(term.left, q_spots, "s", heads, nope, first, time), "bhsd"),
-            q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd") if rope else (),
-            latent=self.slots(*latent),
-            k_rope=self.slots(*k_rope) if rope else (),
+            q_nope=self.slots(self._grid(term.left, q_spots, "s", heads, nope, first, time), "bhsd", dtype),
+            q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd", dtype) if rope else (),
+            latent=self.slots(*latent, value.dtype),
+            k_rope=self.slots(*k_rope, dtype) if rope else (),
             w_uk=w_uk,
             w_uv=w_uv,
             latent_pages=self._pages(*latent),
@@ -217,7 +222,7 @@ class Prover:
         self.pull.seen.add(node)
         time, index = self.memory.position[node], np.arange(len(p.index))
         (latent, at, axis), (weight, at_weight, axis_weight) = sides
-        return _Row(Points(latent, at, index, time), axis, Points(weight, at_weight, index, time), axis_weight)
+        return _Row(node.meta["val"].dtype, Points(latent, at, index, time), axis, Points(weight, at_weight, index, time), axis_weight)
 
     def _factors(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
         """[(latent, coordinates at k = 0, k's axis), (weight, ...)]."""
@@ -261,7 +266,7 @@ class Prover:
         same = root is last[0] and transposed == last[2] and (rows == last[1]).all()
         if not same or (table != expected[None]).any() or stride < width:
             raise RowsDisagree("rows are not offset + head * stride + d of one weight", row.weight.node)
-        return Rows(root, offset, stride, width, transposed, time)
+        return Rows(root, offset, stride, width, transposed, time, row.dtype)
 
     def _weight_at(self, row: _Row, k: int) -> tuple[fx.Node, Array, bool, int]:
         """(weight, rows read, transposed, time of the read) at one k."""
@@ -271,6 +276,8 @@ class Prover:
         (end,) = ends
         order, rank = np.argsort(end.index), self._rank(row)
         coords, shape = tuple(c[order] for c in end.coords), self.sizes.shape(end.node)
+        if not _one_cast(end, row.dtype):
+            raise RowsDisagree("the weight is rounded on its way", end.node)
         if len(shape) >= 2 and shape[-1] == rank and (coords[-1] == k).all():
             return end.node, ravel(coords[:-1], shape[:-1]), False, end.time
         if len(shape) == 2 and shape[0] == rank and (coords[0] == k).all():
@@ -353,15 +360,18 @@ class Prover:
 
     # ---- where to read a value
 
-    def slots(self, grid: tuple[Points, dict[str, Array]], labels: str) -> tuple[Slot, ...]:
-        """Nodes on the way back that hold the whole value, deepest first, those that need no slicing before others."""
+    def slots(self, grid: tuple[Points, dict[str, Array]], labels: str, dtype: torch.dtype) -> tuple[Slot, ...]:
+        """Nodes on the way back that hold the whole value, deepest first, those that need no slicing before others.
+
+        ``dtype`` is the one the value is used in; a node behind more than one cast is no place to read it.
+        """
         points, wanted = grid
         found: list[Slot] = []
-        dtype = points.node.meta["val"].dtype
-        for step in self.pull.trail(points):
-            if step.node.meta["val"].dtype != dtype:
+        own = points.node.meta["val"].dtype
+        for step in self.pull.trail(points if own == dtype else replace(points, casts=frozenset({own, dtype}))):
+            if not _one_cast(step, dtype):
                 break
-            slot = self._slot(step, wanted, labels)
+            slot = self._slot(step, wanted, labels, dtype)
             if slot is not None:
                 found.append(slot)
         found.reverse()
@@ -373,7 +383,7 @@ class Prover:
         axis = slot.labels.find("d")
         return axis < 0 or self.sizes.shape(slot.node)[axis] == int(wanted["d"].max()) + 1
 
-    def _slot(self, step: Points, wanted: dict[str, Array], labels: str) -> Slot | None:
+    def _slot(self, step: Points, wanted: dict[str, Array], labels: str, dtype: torch.dtype) -> Slot | None:
         shape = self.sizes.shape(step.node)
         order = np.argsort(step.index)
         names, offset, used = "", 0, set()
@@ -389,7 +399,7 @@ class Prover:
             used.add(hit)
             names += hit
         missing = [k for k in labels if k not in used and wanted[k].any()]
-        return None if missing else Slot(step.node, names, offset, step.time)
+        return None if missing else Slot(step.node, names, offset, step.time, dtype)
 
     def _pages(self, grid: tuple[Points, dict[str, Array]], labels: str) -> Pages | None:
         """The value as ``pool[table]`` with 64-token pages, if that is where the trail ends."""
@@ -411,6 +421,12 @@ class Prover:
         if size != 64 or not fits or any(m.any() for m in middle) or len({*offset}) != 1:
             return None
         return Pages(pool, indices[0], int(offset[0]), self.memory.position[last.node])
+
+
+def _one_cast(points: Points, dtype: torch.dtype) -> bool:
+    """True if the node's elements become the value by at most one conversion to ``dtype``."""
+    own = points.node.meta["val"].dtype
+    return not points.casts if own == dtype else points.casts <= {own, dtype}
 
 
 def _names(ends: list[Points]) -> str:
