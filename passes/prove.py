@@ -350,6 +350,6 @@ class Pull:
                 dim = _dim(node, 1, "dim", len(shape))
                 hit &= coords[dim] == self.sizes.number(node.args[2]) % shape[dim]
                 coords = coords[:dim] + coords[dim + 1 :]
-            elif node.target is not aten.alias.default:
+            elif node.target is not aten.alias.default and not node.target._schema.is_mutable:
                 raise Unsupported(f"buffer filled through `{node.target}`", node)
         return coords, hit

@@ -107,4 +107,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     owners: dict[fx.Node, list[Owner]] = defaultdict(list)
     for node, owner in zip(twin.graph.output_node().args[0], recorded, strict=True):
         owners[node].append(owner)
+        # Every value is an output of the twin; this marks those that Dynamo's graph (or a body) really returns.
+        if any(user.op == "output" for user in owner.node.users):
+            node.meta["dsinfra_returned"] = True
     return Shadow(twin, dict(owners))

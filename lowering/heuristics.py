@@ -1,0 +1,104 @@
+"""Predicted cost of MLA's two forms: keys and values expanded from the latent, or the up-projection absorbed.
+
+Both give the same result. *Expanded* pays two GEMMs over all T cached rows and then attends over N + R wide keys and V
+wide values; *absorbed* attends over the latent itself, C + R wide keys and C wide values, about four times the
+multiplications, but reads each cached row once for all heads. So absorbed wins where few queries meet many rows
+(decode), expanded where each expanded row serves many queries (prefill). Pure functions of sizes: a roofline, each step
+costing the larger of its arithmetic and its traffic.
+
+B requests, S query length, T rows of the cache, H heads, N nope, R rope, V value, C latent; times in seconds.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU reaches in practice, in FLOP/s and bytes/s."""
+
+    name: str
+    gemm: float  # bf16 GEMM
+    bandwidth: float  # copy: read and write together
+    attention: float  # fused attention at N + R 192, V 128, without a mask operand
+    masked_attention: float  # the same with a mask operand, every score computed
+    latent_attention: float  # absorbed attention over the latent cache
+
+
+# Measured on one H100 80GB HBM3 (SXM), torch 2.11.0+cu130, bf16: GEMM 8192^3, a device copy, causal cuDNN attention at
+# 128 heads x 4096, torch's efficient attention at the same, absorbed decode at 128 heads.
+H100 = Card("H100", 798e12, 3.0e12, 600e12, 140e12, 600e12)
+# Not measured: datasheet figures times what the H100 reaches of its own (81 % of arithmetic, 90 % of bandwidth). Off
+# Hopper there is no cuDNN kernel for 192/128, so attention is the efficient one, scaled by arithmetic, and the latent
+# kernel is plain Triton, assumed to reach a third of a GEMM.
+H200 = Card("H200", 798e12, 4.3e12, 600e12, 140e12, 600e12)
+A100 = Card("A100", 252e12, 1.8e12, 44e12, 44e12, 84e12)
+DEFAULT = Card("unknown GPU", 100e12, 0.8e12, 18e12, 18e12, 33e12)
+_BY_NAME = (H100, H200, A100)
+
+
+def card_named(device_name: str) -> Card:
+    """The figures for `torch.cuda.get_device_name()`; cautious ones for a card that isn't listed."""
+    return next((card for card in _BY_NAME if card.name in device_name), DEFAULT)
+
+
+def visible_share(S: int, T: int, causal: bool) -> float:
+    """The share of the S x T scores that a bottom-right causal mask leaves; 1 without it."""
+    if not causal or S == 0 or T == 0:
+        return 1.0
+    rows = min(S, T)  # rows that see anything
+    return (rows * T - rows * (rows - 1) / 2) / (S * T)
+
+
+def _roofline(flops: float, rate: float, bytes_moved: float, card: Card) -> float:
+    return max(flops / rate, bytes_moved / card.bandwidth)
+
+
+def expanded_cost(
+    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
+    causal: bool = True, masked: bool = False,
+) -> float:
+    """Seconds of the expanded form: up-projections over all T rows, then attention over N + R / V wide heads.
+
+    `masked` means a mask operand: torch's kernel then computes every score, at a fraction of the speed.
+    """
+    kv = B * T * H * (N + R + V)
+    q_and_o = B * S * H * (N + R + V)
+    weights, rows = H * C * (N + V), B * T * (C + R)
+    up = _roofline(2 * B * T * H * C * (N + V), card.gemm, dtype_bytes * (weights + rows + kv), card)
+    scores = B * H * S * T * (1.0 if masked else visible_share(S, T, causal))
+    rate = card.masked_attention if masked else card.attention
+    return up + _roofline(2 * scores * (N + R + V), rate, dtype_bytes * (kv + q_and_o), card)
+
+
+def absorbed_cost(
+    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
+    causal: bool = True,
+) -> float:
+    """Seconds of the absorbed form: two GEMMs on the query side, then attention over the latent, read once.
+
+    A mask operand costs no arithmetic here, the kernel reads it beside the rows, but it also skips none: causal=False.
+    """
+    weights = H * C * (N + V)
+    queries = B * S * H * (N + V + 2 * C)
+    absorb = _roofline(2 * B * S * H * C * (N + V), card.gemm, dtype_bytes * (weights + queries), card)
+    scores = B * H * S * T * visible_share(S, T, causal)
+    traffic = dtype_bytes * (B * T * (C + R) + B * S * H * (2 * C + R))
+    return absorb + _roofline(2 * scores * (2 * C + R), card.latent_attention, traffic, card)
+
+
+def prefer_absorbed(
+    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
+    causal: bool = True, masked: bool = False,
+) -> tuple[bool, str]:
+    """Whether to absorb the up-projection, and why, with both predicted times.
+
+    `masked` means that the visible keys are known only from a mask operand, so neither form can skip any. For inference
+    only: the absorbed form has no gradient, so a caller that trains doesn't ask.
+    """
+    absorbed = absorbed_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal and not masked)
+    expanded = expanded_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal, masked=masked)
+    chosen = "absorbed" if absorbed < expanded else "expanded"
+    return absorbed < expanded, (
+        f"{chosen}: {absorbed * 1e6:.1f} us absorbed against {expanded * 1e6:.1f} us expanded predicted on {card.name} "
+        f"(B {B}, S {S}, T {T}, H {H}{', with a mask operand' if masked else ''})")
