@@ -1,0 +1,1 @@
+"""Optional pieces for users of other libraries: `torch.compile(model, backend="dsinfra")` needs none of them."""

@@ -1,0 +1,347 @@
+"""MLA decode for Hopper in Gluon: tensor cores (wgmma), tensor-map loads (TMA), three roles in one CTA.
+
+For each request b, query i, head h, over the keys j that the query may see:
+
+    s_j = scale * (q_latent[b, i, h] . latent_j + q_rope[b, i, h] . k_rope_j)
+    o[b, i, h] = sum_j softmax(s)_j latent_j,    lse[b, i, h] = ln sum_j exp(s_j)
+
+`launch` takes, all in one dtype (bfloat16 or float16) unless said otherwise:
+
+    q_latent [B, S*H, 512], q_rope [B, S*H, 64]        any row and request stride; row i*H + h
+    latent [N, T, 512], k_rope [N, T, 64]              any row and block stride: requests, or pages of 64 rows
+    page_table [B, pages] int32, or None               which block holds keys 64*p .. 64*p + 63 of a request
+    mask [B, S, keys] uint8, any strides, or None      nonzero: visible, as far as the length allows
+    seqlens [B] int32                                  keys of each request; read on the device
+    o [B, splits, S*H, 512], lse [B, splits, S*H]      of the keys of each split; contiguous, o of any float dtype
+
+One program (grid: row tile fastest, then split, then request) takes 64 query rows of one request, since all of them
+share its keys, and every splits-th part of its pages of 64 keys. The first 512 of a key's 576 columns are its value, so
+both products read the same shared memory: two stages of a page (2 * 72 KB), the queries (72 KB) and P (8 KB). The
+output tile, 64 x 512 in float32, is split by columns over two warpgroups:
+
+    lead     scores, softmax, hands P and the rescaling of each row over in shared memory; output columns 0..255
+    follow   output columns 256..511
+    load     one warp: queries once, then a page as soon as both others have left a stage
+
+Keys at or behind a request's length never count, whatever lies there (NaN included): their scores are discarded, and
+before P V, where 0 * NaN would be NaN, their values are zeroed in shared memory, on the request's last page only. Rows
+behind the end of a tensor arrive as zeros by TMA's own rule.
+
+Limits: compute capability 9.0; widths 512 and 64; bases and strides multiples of 16 bytes; pages of 64 rows.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dscompile.kernels.launch import aggregate, cta_barrier, start, tma_load
+
+BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)  # a tensor map's, in shared memory
+
+# Accumulators of one warpgroup: scores [64, 64], and half of the output [64, 256].
+QK = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+PV = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
+
+
+@aggregate
+class Problem:
+    """What every role must know of the launch."""
+
+    seqlens: gl.tensor
+    page_table: gl.tensor
+    table_stride: gl.tensor
+    capacity: gl.tensor  # keys that the cache has room for in a request
+    tiles: gl.tensor
+    splits: gl.tensor
+    rows: gl.tensor
+    heads: gl.tensor
+    s_q: gl.tensor
+    causal: gl.tensor
+    scale_log2: gl.tensor
+
+
+@aggregate
+class Buffers:
+    """Shared memory and its barriers. Latents lie in two halves of 256 columns, as the output does."""
+
+    q_lo: gl.shared_memory_descriptor
+    q_hi: gl.shared_memory_descriptor
+    q_rope: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    k_lo: gl.shared_memory_descriptor
+    k_hi: gl.shared_memory_descriptor
+    k_rope: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor
+    alpha: gl.shared_memory_descriptor
+    p_full: gl.shared_memory_descriptor
+    p_empty: gl.shared_memory_descriptor
+
+
+@aggregate
+class Share:
+    """One program's share of the work: query rows tile*64 .. of a request, against its pages first .. end - 1."""
+
+    tile: gl.tensor
+    request: gl.tensor
+    length: gl.tensor
+    first: gl.tensor
+    end: gl.tensor
+    out_row: gl.tensor  # of the tile's request and split, in o and lse
+
+
+@gluon.jit
+def _share(g):
+    tile = gl.program_id(0) % g.tiles
+    part = gl.program_id(0) // g.tiles
+    request = part // g.splits
+    length = gl.minimum(gl.load(g.seqlens + request), g.capacity)
+    pages = gl.cdiv(length, 64)
+    per_split = gl.cdiv(pages, g.splits)
+    first = gl.minimum((part % g.splits) * per_split, pages)
+    end = gl.minimum(first + per_split, pages)
+    return Share(tile, request, length, first, end, part.to(gl.int64) * g.rows)
+
+
+@gluon.jit
+def _next_stage(stage, phase, STAGES: gl.constexpr):
+    wrap = stage + 1 == STAGES
+    return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _load(descriptors, b, g, PAGED: gl.constexpr, STAGES: gl.constexpr):
+    """Role of the loading warp."""
+    q_latent, q_rope, latent, k_rope = descriptors
+    w = _share(g)
+    row = w.tile * 64
+    mbarrier.expect(b.q_full, 2 * q_latent.block_type.nbytes + q_rope.block_type.nbytes)
+    tma_load(q_latent, [w.request, row, 0], b.q_full, b.q_lo)
+    tma_load(q_latent, [w.request, row, 256], b.q_full, b.q_hi)
+    tma_load(q_rope, [w.request, row, 0], b.q_full, b.q_rope)
+    table = g.page_table + w.request.to(gl.int64) * g.table_stride
+    stage = 0
+    phase = 0
+    for page in range(w.first, w.end):
+        if PAGED:
+            block = gl.load(table + page)
+            key = 0
+        else:
+            block = w.request
+            key = page * 64
+        mbarrier.wait(b.k_empty.index(stage), phase ^ 1)
+        full = b.k_full.index(stage)
+        mbarrier.expect(full, 2 * latent.block_type.nbytes + k_rope.block_type.nbytes)
+        tma_load(latent, [block, key, 0], full, b.k_lo.index(stage))
+        tma_load(latent, [block, key, 256], full, b.k_hi.index(stage))
+        tma_load(k_rope, [block, key, 0], full, b.k_rope.index(stage))
+        stage, phase = _next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _zero_rows_from(first, values):
+    """Zero the rows of a [64, 256] tile in shared memory from `first` on, ahead of a wgmma that reads the tile."""
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    stale = gl.arange(0, 64, gl.SliceLayout(1, BY_ROW)) >= first
+    for column in gl.static_range(0, 256, 64):  # in pieces: a whole half would take 64 registers from the accumulator
+        piece = values.slice(column, 64, 1)
+        piece.store(gl.where(gl.expand_dims(stale, 1), 0.0, piece.load(BY_ROW)))
+    fence_async_shared()
+    cta_barrier()  # of this role's warps; written out, so that no barrier is needed on pages that skip this
+
+
+@gluon.jit
+def _softmax_step(s, m, l, scale_log2):
+    """One page of the running softmax, in base 2: s [64, 64] and m [64] unscaled -> p, alpha, m, l.
+
+    A row that has seen no key so far has m = -inf; its exponents are taken against 0, where -inf - -inf would be NaN.
+    """
+    m_new = gl.maximum(m, gl.max(s, 1))
+    base = gl.where(m_new == -float("inf"), 0.0, m_new * scale_log2)
+    alpha = gl.exp2(m * scale_log2 - base)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(base, 1))
+    return p, alpha, m_new, l * alpha + gl.sum(p, 1)
+
+
+@gluon.jit
+def _store_half(acc, inv_l, o_ptr, w, g, HALF: gl.constexpr):
+    acc = acc * gl.expand_dims(gl.convert_layout(inv_l, gl.SliceLayout(1, PV)), 1)
+    row = w.tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, PV))
+    column = HALF * 256 + gl.arange(0, 256, gl.SliceLayout(0, PV))
+    place = o_ptr + gl.expand_dims((w.out_row + row) * 512, 1) + gl.expand_dims(column, 0)
+    gl.store(place, acc.to(o_ptr.dtype.element_ty), mask=gl.expand_dims(row < g.rows, 1))
+
+
+@gluon.jit
+def _lead(outputs, mask, b, g, HAS_MASK: gl.constexpr, STAGES: gl.constexpr):
+    """Role of the first warpgroup: scores and softmax of every page, output columns 0..255, lse."""
+    o_ptr, lse_ptr = outputs
+    w = _share(g)
+    row = w.tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, QK))
+    query = gl.minimum(row // g.heads, g.s_q - 1)
+    limit = w.length - g.causal * (g.s_q - 1 - query)  # keys that a row may see
+    least = w.length - g.causal * (g.s_q - 1)
+    if HAS_MASK:
+        mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t = mask
+        mask_row = mask_ptr + w.request.to(gl.int64) * mask_stride_b + query.to(gl.int64) * mask_stride_s
+    m = gl.full((64, ), -float("inf"), gl.float32, gl.SliceLayout(1, QK))
+    l = gl.full((64, ), 0.0, gl.float32, gl.SliceLayout(1, QK))
+    acc = gl.zeros((64, 256), gl.float32, PV)
+    stage = 0
+    phase = 0
+    p_phase = 0
+    mbarrier.wait(b.q_full, 0)
+    for page in range(w.first, w.end):
+        mbarrier.wait(b.k_full.index(stage), phase)
+        k_lo = b.k_lo.index(stage)
+        s = gl.zeros((64, 64), gl.float32, QK)
+        s = warpgroup_mma(b.q_lo, k_lo.permute((1, 0)), s, use_acc=False, is_async=True)
+        s = warpgroup_mma(b.q_hi, b.k_hi.index(stage).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(b.q_rope, b.k_rope.index(stage).permute((1, 0)), s, is_async=True)
+        key = page * 64 + gl.arange(0, 64, gl.SliceLayout(0, QK))
+        if HAS_MASK:
+            reach = gl.expand_dims(key, 0) < gl.expand_dims(limit, 1)
+            place = gl.expand_dims(mask_row, 1) + gl.expand_dims(key.to(gl.int64) * mask_stride_t, 0)
+            visible = gl.load(place, mask=reach, other=0)  # issued behind the scores, whose wait hides it
+            s = warpgroup_mma_wait(0, deps=[s])
+            s = gl.where(visible != 0, s, -float("inf"))
+        else:
+            s = warpgroup_mma_wait(0, deps=[s])
+            if (page + 1) * 64 > least:
+                s = gl.where(gl.expand_dims(key, 0) < gl.expand_dims(limit, 1), s, -float("inf"))
+        p, alpha, m, l = _softmax_step(s, m, l, g.scale_log2)
+        p16 = p.to(k_lo.dtype)
+        mbarrier.wait(b.p_empty, p_phase ^ 1)
+        b.p.store(p16)
+        b.alpha.store(alpha)
+        fence_async_shared()
+        mbarrier.arrive(b.p_full, count=1)
+        p_phase ^= 1
+        if (page + 1) * 64 > w.length:
+            _zero_rows_from(w.length - page * 64, k_lo)
+        acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, PV)), 1)
+        acc = warpgroup_mma(gl.convert_layout(p16, gl.DotOperandLayout(0, PV, 2)), k_lo, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(b.k_empty.index(stage), count=1)
+        stage, phase = _next_stage(stage, phase, STAGES)
+    inv_l = gl.where(l > 0, 1.0 / l, 0.0)
+    mbarrier.wait(b.p_empty, p_phase ^ 1)
+    b.alpha.store(inv_l)
+    mbarrier.arrive(b.p_full, count=1)
+    lse = gl.where(l > 0, (m * g.scale_log2 + gl.log2(l)) * 0.6931471805599453, -float("inf"))
+    gl.store(lse_ptr + w.out_row + row, lse, mask=row < g.rows)
+    _store_half(acc, inv_l, o_ptr, w, g, 0)
+
+
+@gluon.jit
+def _follow(o_ptr, b, g, STAGES: gl.constexpr):
+    """Role of the second warpgroup: output columns 256..511 from the first one's P. It may zero stale values at once,
+    since P arrives only when the scores that read the same tile are done."""
+    w = _share(g)
+    acc = gl.zeros((64, 256), gl.float32, PV)
+    stage = 0
+    phase = 0
+    p_phase = 0
+    for page in range(w.first, w.end):
+        mbarrier.wait(b.k_full.index(stage), phase)
+        mbarrier.wait(b.p_full, p_phase)
+        k_hi = b.k_hi.index(stage)
+        if (page + 1) * 64 > w.length:
+            _zero_rows_from(w.length - page * 64, k_hi)
+        acc = acc * gl.expand_dims(b.alpha.load(gl.SliceLayout(1, PV)), 1)
+        acc = warpgroup_mma(b.p, k_hi, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(b.p_empty, count=1)
+        mbarrier.arrive(b.k_empty.index(stage), count=1)
+        p_phase ^= 1
+        stage, phase = _next_stage(stage, phase, STAGES)
+    mbarrier.wait(b.p_full, p_phase)
+    _store_half(acc, b.alpha.load(gl.SliceLayout(1, PV)), o_ptr, w, g, 1)
+
+
+@gluon.jit(
+    do_not_specialize=["table_stride", "capacity", "mask_stride_b", "mask_stride_s", "mask_stride_t", "tiles", "splits",
+                       "rows", "heads", "s_q", "causal"],
+    do_not_specialize_on_alignment=["seqlens_ptr", "table_ptr", "mask_ptr"],
+)
+def mla_decode_gluon_kernel(q_latent, q_rope, latent, k_rope, o_ptr, lse_ptr, seqlens_ptr, table_ptr, table_stride,
+                            capacity, mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t, tiles, splits, rows, heads,
+                            s_q, causal, scale_log2, PAGED: gl.constexpr, HAS_MASK: gl.constexpr,
+                            STAGES: gl.constexpr):
+    """Formula, arguments and roles: at the head of this file."""
+    DTYPE: gl.constexpr = latent.dtype
+    HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 256], DTYPE)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    gl.static_assert(q_latent.dtype == DTYPE, "wgmma multiplies operands of one dtype: queries and cache must agree")
+    b = Buffers(
+        gl.allocate_shared_memory(DTYPE, [64, 256], HALF),  # q_lo
+        gl.allocate_shared_memory(DTYPE, [64, 256], HALF),  # q_hi
+        gl.allocate_shared_memory(DTYPE, [64, 64], NARROW),  # q_rope
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),  # q_full
+        gl.allocate_shared_memory(DTYPE, [STAGES, 64, 256], HALF),  # k_lo
+        gl.allocate_shared_memory(DTYPE, [STAGES, 64, 256], HALF),  # k_hi
+        gl.allocate_shared_memory(DTYPE, [STAGES, 64, 64], NARROW),  # k_rope
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),  # k_full
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),  # k_empty
+        gl.allocate_shared_memory(DTYPE, [64, 64], NARROW),  # p
+        gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0])),  # alpha
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),  # p_full
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),  # p_empty
+    )
+    mbarrier.init(b.q_full, count=1)
+    mbarrier.init(b.p_full, count=1)
+    mbarrier.init(b.p_empty, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(b.k_full.index(stage), count=1)
+        mbarrier.init(b.k_empty.index(stage), count=2)
+    fence_async_shared()
+    g = Problem(seqlens_ptr, table_ptr, table_stride, capacity, tiles, splits, rows, heads, s_q, causal, scale_log2)
+    mask = (mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t)
+    # Registers of the workers: with the rest for `lead` they use up the 504 = 3 * 168 of `maxnreg`.
+    gl.warp_specialize([
+        (_lead, ((o_ptr, lse_ptr), mask, b, g, HAS_MASK, STAGES)),
+        (_follow, (o_ptr, b, g, STAGES)),
+        (_load, ((q_latent, q_rope, latent, k_rope), b, g, PAGED, STAGES)),
+    ], [4, 1], [216, 32])
+
+
+# Host side
+
+def _descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
+    """Tensor map over [blocks, rows, width] that loads boxes of 64 rows of one block; rows past its end give zeros."""
+    blocks, rows, width = x.shape
+    # Of a dimension of size 1, PyTorch lets the stride be anything: it is never used, but must pass TMA's rules.
+    row_stride = x.stride(1) if rows > 1 else width
+    block_stride = x.stride(0) if blocks > 1 else rows * row_stride
+    return TensorDescriptor(x, [blocks, rows, width], [block_stride, row_stride, 1], [1, 64, columns], BOX)
+
+
+def tile_rows(rows: int, dtype: torch.dtype) -> int:
+    """Query rows of one program."""
+    return 64
+
+
+def launch(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o, lse, *, heads: int, capacity: int,
+           splits: int, causal: bool, scale_log2: float) -> None:
+    """One launch, arguments as at the head of this file; o and lse are filled. Checks nothing: `mla_decode` does."""
+    requests, rows, _ = q_latent.shape
+    tiles = -(-rows // tile_rows(rows, q_latent.dtype))
+    paged, masked = page_table is not None, mask is not None
+    # An absent table or mask is never read: any pointer stands in for it.
+    start(
+        mla_decode_gluon_kernel, (tiles * splits * requests, ),
+        _descriptor(q_latent, 256), _descriptor(q_rope, 64), _descriptor(latent, 256), _descriptor(k_rope, 64),
+        o, lse, seqlens, page_table if paged else seqlens, page_table.stride(0) if paged else 0, capacity,
+        mask if masked else seqlens, *(mask.stride() if masked else (0, 0, 0)),
+        tiles, splits, rows, heads, rows // heads, int(causal), scale_log2,
+        PAGED=paged, HAS_MASK=masked, STAGES=2, num_warps=4, maxnreg=168,
+    )

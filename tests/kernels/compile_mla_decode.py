@@ -1,0 +1,52 @@
+"""Compiles every specialisation of the MLA decode kernels offline and prints their facts as JSON, one entry a kernel.
+
+A script, run by test_mla_decode_compile.py in a process of its own, so that another Triton can be put on its path.
+"""
+
+import dataclasses
+import json
+
+import torch
+
+from dscompile.kernels import launch
+from dscompile.kernels.mla_decode import mla_decode
+
+# name: implementation, capability, dtype, paged, masked, splits
+VARIANTS = {
+    "gluon-paged": ("gluon", (9, 0), torch.bfloat16, True, False, 1),
+    "gluon-paged-mask": ("gluon", (9, 0), torch.bfloat16, True, True, 1),
+    "gluon-paged-splits": ("gluon", (9, 0), torch.bfloat16, True, False, 32),
+    "gluon-paged-float16": ("gluon", (9, 0), torch.float16, True, False, 1),
+    "gluon-plain": ("gluon", (9, 0), torch.bfloat16, False, False, 1),
+    "gluon-plain-mask": ("gluon", (9, 0), torch.bfloat16, False, True, 1),
+    "gluon-plain-mask-splits": ("gluon", (9, 0), torch.float16, False, True, 3),
+    "triton-hopper": ("triton", (9, 0), torch.bfloat16, False, True, 2),
+    "triton-ampere": ("triton", (8, 0), torch.bfloat16, True, False, 2),
+    "triton-consumer": ("triton", (8, 6), torch.float16, True, True, 2),
+    "triton-consumer-float32": ("triton", (8, 6), torch.float32, False, False, 2),
+}
+
+
+def arguments(dtype: torch.dtype, paged: bool, masked: bool) -> tuple:
+    """A call of three queries and 16 heads over 200 keys a request, or four pages; the values don't matter."""
+    q_latent, q_rope = torch.zeros(2, 3, 16, 512, dtype=dtype), torch.zeros(2, 3, 16, 64, dtype=dtype)
+    cache = torch.zeros(8, 64, 576, dtype=dtype) if paged else torch.zeros(2, 200, 576, dtype=dtype)
+    table = torch.zeros(2, 4, dtype=torch.int32) if paged else None
+    mask = torch.ones(1, 3, 256 if paged else 200, dtype=torch.bool) if masked else None
+    seqlens = torch.zeros(2, dtype=torch.int32)
+    return q_latent, q_rope, cache[..., :512], cache[..., 512:], seqlens, mask, table, 0.1, True
+
+
+def main() -> None:
+    facts = {}
+    for name, (impl, capability, dtype, paged, masked, splits) in VARIANTS.items():
+        with launch.offline(capability) as compiled:
+            mla_decode(*arguments(dtype, paged, masked), impl=impl, splits=splits)
+        for kernel in compiled:
+            fact = launch.read_facts(kernel)
+            facts[f"{name}/{fact.name}"] = dataclasses.asdict(fact)
+    print(json.dumps({"triton": launch.triton_version(), "facts": facts}))
+
+
+if __name__ == "__main__":
+    main()

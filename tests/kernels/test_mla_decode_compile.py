@@ -1,0 +1,78 @@
+"""What the compiler makes of the MLA decode kernels, without a device: instructions, registers, spills, shared memory.
+
+With the installed Triton, and with another one if DSINFRA_TRITON_NEWEST names a folder that holds it
+(`pip install --target FOLDER triton`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+HOPPER_SHARED = 232448  # bytes a CTA may have
+CONSUMER_SHARED = 101376
+
+
+def compile_all(extra_path: str | None) -> dict:
+    path = [extra_path, str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_mla_decode.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=["installed", "newest"])
+def compiled(request: pytest.FixtureRequest) -> dict:
+    pytest.importorskip("triton", reason="compile_only: Triton is not installed")
+    if request.param == "installed":
+        return compile_all(None)
+    folder = os.environ.get("DSINFRA_TRITON_NEWEST")
+    if not folder:
+        pytest.skip("versions: DSINFRA_TRITON_NEWEST names no folder with another Triton")
+    return compile_all(folder)
+
+
+def named(compiled: dict, start: str, kernel: str) -> dict[str, dict]:
+    found = {key: fact for key, fact in compiled["facts"].items() if key.startswith(start) and fact["name"] == kernel}
+    assert found, f"no kernel {kernel} under {start} among {list(compiled['facts'])}"
+    return found
+
+
+def test_gluon_instructions(compiled: dict) -> None:
+    """36 products of depth 16 for the scores; 4 of a page's 64 keys in each of the two halves of the output."""
+    facts = named(compiled, "gluon", "mla_decode_gluon_kernel")
+    assert len(facts) == 7
+    for key, fact in facts.items():
+        kind = "f16.f16" if "float16" in key or key.startswith("gluon-plain-mask-splits") else "bf16.bf16"
+        count = {shape: fact["wgmma"].count(f"{shape}.f32.{kind}") for shape in ("m64n64k16", "m64n256k16")}
+        assert count == {"m64n64k16": 36, "m64n256k16": 8} and len(fact["wgmma"]) == 44, key
+        assert fact["tma_loads"] == 18 and fact["tma_stores"] == 0, key  # 9 boxes of 64 columns, queries and a page
+        assert fact["warnings"] == [], key
+
+
+def test_gluon_resources(compiled: dict) -> None:
+    for key, fact in named(compiled, "gluon", "mla_decode_gluon_kernel").items():
+        assert fact["registers"] == 168 and fact["warps"] == 12, key
+        assert fact["spills"] == 0 and fact["stack"] == 0, key
+        assert fact["shared"] <= HOPPER_SHARED, key
+
+
+def test_triton_resources(compiled: dict) -> None:
+    facts = named(compiled, "triton", "mla_decode_triton_kernel")
+    assert len(facts) == 4
+    for key, fact in facts.items():
+        assert fact["spills"] == 0 and fact["stack"] == 0, key
+        assert fact["shared"] <= CONSUMER_SHARED, key
+
+
+def test_combine_resources(compiled: dict) -> None:
+    for key, fact in named(compiled, "", "combine_splits_kernel").items():
+        assert fact["spills"] == 0 and fact["stack"] == 0 and fact["registers"] <= 168, key

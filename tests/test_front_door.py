@@ -1,0 +1,115 @@
+"""What a newcomer meets first: README's order and example, the `dscompile` command, the demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dscompile import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TOY = """
+import torch
+
+def call():
+    return torch.nn.Linear(4, 4), (torch.ones(2, 4),), {}
+"""
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root on the CPU; graphs are run operator by operator, so that no C++ is compiled."""
+    env = os.environ | {"DSINFRA_INNER": "aot_eager", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_readme_keeps_its_order() -> None:
+    headings = re.findall(r"^#+ (.+)$", README, flags=re.M)
+    assert headings == ["dscompile", "Example", "Measured", "Who should not use this", "Map"]
+    assert README.index("make demo") < README.index("make test") < README.index("## Example")
+
+
+def test_readme_names_every_folder() -> None:
+    named = set(re.findall(r"^\| `(\w+)/` \|", README, flags=re.M))
+    assert named == {
+        p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and any(p.glob("*.*"))
+    } - {
+        "build",
+        "dscompile.egg-info",
+    }
+
+
+def test_readme_example_runs() -> None:
+    example = re.search(r"```python\n(.*?)```", README, flags=re.S)
+    assert example and example[1].count("\n") <= 12
+    code = f"from dscompile._entry import ensure_registered\nensure_registered()\n{example[1]}"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 x mla lowered: model\.layers\.0\.self_attn", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_demo_yields_eagers_tokens() -> None:
+    done = run("-m", "dscompile.cli", "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens: all 64 equal eager's" in done.stdout
+    assert done.stdout.count("2 x mla lowered") == 2, "prefill and decoding"
+
+
+def test_demo_tells_a_tie_from_a_difference() -> None:
+    from dscompile import demo
+
+    def result(token: int) -> SimpleNamespace:
+        return SimpleNamespace(sequences=torch.tensor([[9, 9, 0, token]]), logits=[logits_BV, logits_BV])
+
+    logits_BV = torch.tensor([[8.0, 7.95, 1.0]])
+    assert demo.compare(result(0), result(0), torch.float32) == []
+    (near,) = demo.compare(result(0), result(1), torch.bfloat16)
+    (far,) = demo.compare(result(0), result(2), torch.bfloat16)
+    (exact,) = demo.compare(result(0), result(1), torch.float32)
+    assert (near.request, near.step) == (0, 1)
+    assert near.is_tie and not far.is_tie and not exact.is_tie
+
+
+def test_explain_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    assert cli.main(["explain", f"{tmp_path}/toy.py:call"]) == 0
+    assert "no attention found" in capsys.readouterr().out
+
+
+def test_explain_takes_a_model_type_and_changes() -> None:
+    done = run(
+        "-m", "dscompile.cli", "explain", "deepseek_v3", "--set", "num_hidden_layers=1", "--set", "q_lora_rank=None"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mla lowered: model.layers.0.self_attn" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["explain", "no_such_module:call"], "No module named 'no_such_module'"),
+        (["explain", "os:no_such_function"], "no attribute 'no_such_function'"),
+        (["explain", "no_such_file.py:call"], "No such file"),
+        (["explain", "deepseek_v3", "--set", "layers"], "must read FIELD=VALUE"),
+        (["bench", "no_such_benchmark"], "no benchmark is called 'no_such_benchmark'"),
+    ],
+)
+def test_wrong_arguments_say_what_to_change(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 1
+    assert complaint in capsys.readouterr().err
+
+
+def test_command_without_a_verb_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "COMMAND" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Micro models of the installed transformers: the real modelling code with dimensions that fit a unit test.
+
+Weights are random and equal for equal arguments. Router weights are drawn wide, so that few tokens sit near a tie
+between two experts, where a last-bit difference upstream would send a token elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from tests.zoo.case import Example, Precision
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+# Since 5.15 the caches of the MLA models hold the latent; before, the expanded keys and values of every head.
+CACHES_LATENT = VERSION >= (5, 15)
+
+LAYERS = 2
+
+MICRO: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+# What each model type adds to the base.
+TYPES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"num_mtp_layers": 0},
+    "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "minicpm3": {},
+}
+
+
+def build_model(
+    model_type: str, precision: Precision | None = None, *, attention: str = "sdpa", **overrides: Any
+) -> nn.Module:
+    """A model in evaluation mode, from the base, the model type's additions and `overrides` of the configuration."""
+    config = AutoConfig.for_model(model_type, **{**MICRO, **TYPES[model_type], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("gate.weight"):
+                nn.init.normal_(tensor, std=0.5)
+            elif name.endswith("e_score_correction_bias"):
+                nn.init.normal_(tensor, std=0.1)
+            elif tensor.dim() >= 2 and isinstance(tensor, nn.Parameter):
+                nn.init.normal_(tensor, std=0.08)
+    return (precision or Precision()).settle(model).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0, vocabulary: int = MICRO["vocab_size"]) -> torch.Tensor:
+    """Token ids [batch, length] that are neither padding nor a beginning or end."""
+    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def prefill(model: nn.Module, batch: int = 2, length: int = 12) -> Example:
+    return Example(model, (tokens(batch, length),), {"use_cache": False})
+
+
+def lengths(model: nn.Module) -> Example:
+    """Four prompts of different lengths."""
+    first, *rest = [(tokens(2, length, seed=length),) for length in (12, 17, 31, 24)]
+    return Example(model, first, {"use_cache": False}, tuple(rest))
+
+
+def padded(model: nn.Module, compare_padding: bool = True) -> Example:
+    """Two requests, the first padded on the left: queries of the padding see no key at all.
+
+    What such a query gives depends on the attention: zero from SDPA, the mean of all values from transformers' own
+    attention, whose mask is a large negative number. Nothing reads it.
+    """
+    ids = tokens(2, 12)
+    keep = torch.ones_like(ids)
+    ids[0, :4], keep[0, :4] = MICRO["pad_token_id"], 0
+    kwargs = {"attention_mask": keep, "use_cache": False}
+    return Example(model, (ids,), kwargs, keep=None if compare_padding else keep.bool())
+
+
+def packed(model: nn.Module) -> Example:
+    """Two sequences in one row: positions that start again are transformers' sign of a boundary."""
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    return Example(model, (tokens(1, 12),), {"position_ids": positions, "use_cache": False})
+
+
+def returning_attentions(model: nn.Module) -> Example:
+    """Attention weights are asked for. Transformers' hooks for them go in at a first, uncompiled call."""
+    example = prefill(model)
+    kwargs = {**example.kwargs, "output_attentions": True}
+    with torch.no_grad():
+        model(*example.args, **kwargs)
+    return example._replace(kwargs=kwargs)
+
+
+def decode(model: nn.Module, cache: Any, steps: int, batch: int = 2, prompt: int = 10) -> Example:
+    """`steps` single-token calls over a cache that the uncompiled model filled with a prompt."""
+    with torch.no_grad():
+        model(tokens(batch, prompt), past_key_values=cache, use_cache=True)
+    first, *rest = [(tokens(batch, 1, seed=step),) for step in range(1, steps + 1)]
+    return Example(model, first, {"past_key_values": cache, "use_cache": True}, tuple(rest))
+
+
+def static_decode(model: nn.Module, steps: int = 8, capacity: int = 32) -> Example:
+    return decode(model, StaticCache(config=model.config, max_cache_len=capacity), steps)
+
+
+def dynamic_decode(model: nn.Module, steps: int = 5) -> Example:
+    return decode(model, DynamicCache(config=model.config), steps)
+
+
+def train(model: nn.Module, checkpointing: bool = False) -> Example:
+    """One step's loss on two sequences; with `checkpointing`, layers are recomputed in the backward."""
+    model.train()
+    if checkpointing:
+        # Renamed between the supported versions; the old name warns in the new ones.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    ids = tokens(2, 12)
+    return Example(model, (ids,), {"labels": ids, "use_cache": False})
