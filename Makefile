@@ -1,7 +1,7 @@
 # make demo    a small DeepSeek-V3 through torch.compile(backend="dsinfra"), compared with eager
 # make test    lint, types and every test this machine can run
 # make format  the source as `make test` wants it
-# make bench   README's tables from bench/results/*.json
+# make tables  README's tables from bench/results/*.json
 #
 # Each sets itself up in .venv the first time. On a machine that already has torch and no network:
 #   make PYTHON=python3 VENV=system test
@@ -12,7 +12,7 @@ TORCH ?= 2.13.0
 # Only where torch brings none (its CPU builds): the interpreter and the compile-only tier need it.
 TRITON ?= 3.6.0
 
-.PHONY: demo test lint format types pytest bench clean
+.PHONY: demo test lint format types pytest tables clean
 
 ifeq ($(VENV),system)
 
@@ -53,7 +53,7 @@ types: $(READY)
 pytest: $(READY) $(OTHERS)
 	$(PY) -m pytest -q
 
-bench: $(READY)
+tables: $(READY)
 	$(PY) -m bench.table
 
 $(VENV)/.ready: pyproject.toml

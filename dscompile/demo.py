@@ -2,12 +2,14 @@
 
 The model is transformers' own, unmodified, with random weights; `generate()` is told the backend through its
 `CompileConfig`, as a user would tell it. On a CPU the weights are float32 and every token must equal eager's. With a
-CUDA device the widths are DeepSeek's own (latent 512, rope 64, heads of 128), the weights bfloat16, and one decoding
-step is timed beside Inductor's, both in the mode `reduce-overhead`.
+CUDA device the widths are DeepSeek's own (latent 512, rope 64, heads of 128), the weights bfloat16, the logits must be
+no more than twice as far from a float32 run as eager's are, and one decoding step is timed beside Inductor's, both in
+the mode `reduce-overhead`.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -147,37 +149,24 @@ def generate(
     )
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Where a request's tokens first differ from eager's, and how sure eager was there."""
-
-    request: int
-    step: int
-    gap: float  # eager's logit of its own token minus that of the other
-    rounding: float  # what the logits' dtype can't tell apart at that size
-
-    @property
-    def is_tie(self) -> bool:
-        return self.gap <= self.rounding
+def equal_tokens(ours: Any, eager: Any) -> bool:
+    """Whether two results of `generate` hold the same tokens throughout."""
+    return torch.equal(ours.sequences, eager.sequences)
 
 
-def compare(eager: Any, ours: Any, dtype: torch.dtype) -> list[Divergence]:
-    """The first differing token of each request that has one; `eager` and `ours` are results of `generate`.
+def logit_error(run: Any, reference: Any) -> float:
+    """Root-mean-square error of a run's logits relative to the reference's, both results of `generate`.
 
-    In float32 no rounding excuses a difference. In bfloat16 two logits within four units in the last place are a tie,
-    which any change of summation order may decide the other way.
+    Counted at every step of a request up to and including the first where the tokens part: after it the two continue
+    different texts.
     """
-    ulps = 0 if dtype == torch.float32 else 4
-    steps = len(eager.logits)
-    mine_BT, theirs_BT = ours.sequences[:, -steps:], eager.sequences[:, -steps:]
-    divergences = []
-    for request in (mine_BT != theirs_BT).any(dim=1).nonzero().flatten().tolist():
-        step = int((mine_BT[request] != theirs_BT[request]).nonzero()[0])
-        logits_V = eager.logits[step][request].float()
-        best = float(logits_V[theirs_BT[request, step]])
-        gap = best - float(logits_V[mine_BT[request, step]])
-        divergences.append(Divergence(request, step, gap, ulps * torch.finfo(dtype).eps * abs(best)))
-    return divergences
+    steps = len(reference.logits)
+    same_BT = run.sequences[:, -steps:] == reference.sequences[:, -steps:]
+    before_BT = torch.cat([torch.ones_like(same_BT[:, :1]), same_BT[:, :-1]], dim=1)
+    counted_BT = before_BT.cumprod(dim=1).bool()
+    off_BT = torch.stack([(a.double() - b.double()).square().sum(-1) for a, b in zip(run.logits, reference.logits)], 1)
+    size_BT = torch.stack([logits_BV.double().square().sum(-1) for logits_BV in reference.logits], 1)
+    return float((off_BT[counted_BT].sum() / size_BT[counted_BT].sum()).sqrt())
 
 
 def step_microseconds(model: PreTrainedModel, ids_BS: torch.Tensor, backend: str, repeats: int = 5) -> float:
@@ -199,7 +188,7 @@ def step_microseconds(model: PreTrainedModel, ids_BS: torch.Tensor, backend: str
 
 
 def main(backend: str = BACKEND_NAME) -> int:
-    """Run the demo and print what happened; 0 when the tokens are eager's."""
+    """Run the demo and print what happened; 0 when the results are eager's."""
     setting = CUDA if torch.cuda.is_available() else CPU
     model = build("deepseek_v3", setting.config, setting.device, setting.dtype)
     ids_BS = _prompt(model, setting.requests, setting.prompt)
@@ -208,29 +197,37 @@ def main(backend: str = BACKEND_NAME) -> int:
         f"{setting.requests} prompts of {setting.prompt} tokens, {NEW_TOKENS} new ones each; backend {backend!r}"
     )
     eager = generate(model, ids_BS, None)
+    exact = eager if setting.dtype == torch.float32 else generate(copy.deepcopy(model).float(), ids_BS, None)
     report.clear()
     start = time.perf_counter()
     ours = generate(model, ids_BS, backend)
     print(f"first compiled call, compilation included: {time.perf_counter() - start:.1f} s\n")
     if backend == BACKEND_NAME:
         print(f"{report.table(report.reports())}\n")
-    divergences = compare(eager, ours, setting.dtype)
-    print(_verdict(divergences, setting))
+    good = _judge_tokens(ours, eager) if exact is eager else _judge_logits(ours, eager, exact)
     if setting.device == "cuda":
         _print_speed(model, ids_BS, backend)
-    return 0 if all(divergence.is_tie for divergence in divergences) else 1
+    return 0 if good else 1
 
 
-def _verdict(divergences: list[Divergence], setting: Setting) -> str:
-    if not divergences:
-        return f"tokens: all {setting.requests * NEW_TOKENS} equal eager's"
-    wrong = [divergence for divergence in divergences if not divergence.is_tie]
-    if wrong:
-        return f"tokens DIFFER from eager's where eager was sure: {wrong}"
-    return (
-        f"tokens: {setting.requests - len(divergences)} of {setting.requests} requests equal eager's throughout; the "
-        f"rest part at a tie of two {setting.dtype} logits: {divergences}"
+def _judge_tokens(ours: Any, eager: Any) -> bool:
+    if equal_tokens(ours, eager):
+        print(f"tokens: all {len(eager.logits) * len(eager.sequences)} equal eager's")
+        return True
+    request, position = (ours.sequences != eager.sequences).nonzero()[0].tolist()
+    print(f"tokens DIFFER from eager's, first in request {request} at position {position}")
+    return False
+
+
+def _judge_logits(ours: Any, eager: Any, exact: Any) -> bool:
+    """In bfloat16 rounding alone decides near ties, of tokens and of experts: logits are compared with float32's."""
+    own, usual = logit_error(ours, exact), logit_error(eager, exact)
+    good = own <= 2 * usual
+    print(
+        f"logits {'as near to' if good else 'FARTHER from'} float32's {'as' if good else 'than'} eager's: relative "
+        f"error {own:.2e}, eager {usual:.2e}; tokens {'' if equal_tokens(ours, eager) else 'not '}all equal eager's"
     )
+    return good
 
 
 def _print_speed(model: PreTrainedModel, ids_BS: torch.Tensor, backend: str) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import Any
 
 import torch
 
 from dscompile.kernels import launch
+from dscompile.kernels.mla_decode_launch import launch_combine, launch_gluon, launch_triton, tile_rows
 
 PAGE = 64  # keys of a page
 MAX_SPLITS = 32
@@ -85,28 +85,19 @@ def mla_decode_unchecked(
         return o.zero_(), lse.fill_(-math.inf)
     if mask is not None:
         mask = mask.view(torch.uint8).expand(requests, s_q, capacity)
-    kernel: Any
-    if impl == "gluon":
-        from dscompile.kernels import mla_decode_gluon
-        kernel = mla_decode_gluon
-        # Queries are rows of one tensor map, which holds one stride for all rows of a request.
-        q_latent, q_rope = q_latent.flatten(1, 2), q_rope.flatten(1, 2)
-    else:
-        from dscompile.kernels import mla_decode_triton
-        kernel = mla_decode_triton
     if splits is None:
-        tiles = -(-rows // kernel.tile_rows(rows, q_latent.dtype))
+        tiles = -(-rows // tile_rows(impl, rows, q_latent.dtype))
         splits = pick_splits(requests * tiles, -(-capacity // PAGE), launch.sm_count(device))
     o_part, lse_part = o, lse
     if splits > 1:
         o_part = torch.empty((requests, splits, rows, width), dtype=torch.float32, device=device)
         lse_part = torch.empty((requests, splits, rows), dtype=torch.float32, device=device)
+    start = launch_gluon if impl == "gluon" else launch_triton
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel.launch(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o_part, lse_part, heads=heads,
-                      capacity=capacity, splits=splits, causal=causal, scale_log2=scale * LOG2_E)
+        start(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o_part, lse_part, capacity=capacity,
+              splits=splits, causal=causal, scale_log2=scale * LOG2_E)
         if splits > 1:
-            from dscompile.kernels.mla_decode_triton import combine
-            combine(o_part, lse_part, o, lse)
+            launch_combine(o_part, lse_part, o, lse)
     return o, lse
 
 

@@ -5,19 +5,19 @@ For each request b, query i, head h, over the keys j that the query may see:
     s_j = scale * (q_latent[b, i, h] . latent_j + q_rope[b, i, h] . k_rope_j)
     o[b, i, h] = sum_j softmax(s)_j latent_j,    lse[b, i, h] = ln sum_j exp(s_j)
 
-`launch` takes, all in one dtype (bfloat16 or float16) unless said otherwise:
+The first four are tensor maps of one dtype, bfloat16 or float16, the rest pointers:
 
     q_latent [B, S*H, 512], q_rope [B, S*H, 64]        any row and request stride; row i*H + h
     latent [N, T, 512], k_rope [N, T, 64]              any row and block stride: requests, or pages of 64 rows
-    page_table [B, pages] int32, or None               which block holds keys 64*p .. 64*p + 63 of a request
-    mask [B, S, keys] uint8, any strides, or None      nonzero: visible, as far as the length allows
-    seqlens [B] int32                                  keys of each request; read on the device
     o [B, splits, S*H, 512], lse [B, splits, S*H]      of the keys of each split; contiguous, o of any float dtype
+    seqlens [B] int32                                  keys of each request; read on the device
+    page_table [B, pages] int32                        if PAGED: which block holds keys 64*p .. 64*p + 63 of a request
+    mask [B, S, keys] uint8, any strides               if HAS_MASK: nonzero is visible, as far as the length allows
 
 One program (grid: row tile fastest, then split, then request) takes 64 query rows of one request, since all of them
-share its keys, and every splits-th part of its pages of 64 keys. The first 512 of a key's 576 columns are its value, so
-both products read the same shared memory: two stages of a page (2 * 72 KB), the queries (72 KB) and P (8 KB). The
-output tile, 64 x 512 in float32, is split by columns over two warpgroups:
+share its keys, and one of `splits` equal runs of its pages of 64 keys. The first 512 of a key's 576 columns are its
+value, so both products read the same shared memory: two stages of a page (2 * 72 KB), the queries (72 KB) and P (8 KB).
+The output tile, 64 x 512 in float32, is split by columns over two warpgroups:
 
     lead     scores, softmax, hands P and the rescaling of each row over in shared memory; output columns 0..255
     follow   output columns 256..511
@@ -25,12 +25,11 @@ output tile, 64 x 512 in float32, is split by columns over two warpgroups:
 
 Keys at or behind a request's length never count, whatever lies there (NaN included): their scores are discarded, and
 before P V, where 0 * NaN would be NaN, their values are zeroed in shared memory, on the request's last page only. Rows
-behind the end of a tensor arrive as zeros by TMA's own rule.
+past the end of a tensor arrive as zeros by TMA's own rule.
 
 Limits: compute capability 9.0; widths 512 and 64; bases and strides multiples of 16 bytes; pages of 64 rows.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,11 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dscompile.kernels.launch import aggregate, cta_barrier, start, tma_load
-
-BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)  # a tensor map's, in shared memory
+from dscompile.kernels.launch import aggregate, cta_barrier, tma_load
 
 # Accumulators of one warpgroup: scores [64, 64], and half of the output [64, 256].
 QK = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
@@ -106,8 +102,8 @@ def _share(g):
     length = gl.minimum(gl.load(g.seqlens + request), g.capacity)
     pages = gl.cdiv(length, 64)
     per_split = gl.cdiv(pages, g.splits)
-    first = gl.minimum((part % g.splits) * per_split, pages)
-    end = gl.minimum(first + per_split, pages)
+    first = (part % g.splits) * per_split
+    end = gl.minimum(first + per_split, pages)  # at or before `first` where nothing is left for this split
     return Share(tile, request, length, first, end, part.to(gl.int64) * g.rows)
 
 
@@ -312,36 +308,3 @@ def mla_decode_gluon_kernel(q_latent, q_rope, latent, k_rope, o_ptr, lse_ptr, se
         (_follow, (o_ptr, b, g, STAGES)),
         (_load, ((q_latent, q_rope, latent, k_rope), b, g, PAGED, STAGES)),
     ], [4, 1], [216, 32])
-
-
-# Host side
-
-def _descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
-    """Tensor map over [blocks, rows, width] that loads boxes of 64 rows of one block; rows past its end give zeros."""
-    blocks, rows, width = x.shape
-    # Of a dimension of size 1, PyTorch lets the stride be anything: it is never used, but must pass TMA's rules.
-    row_stride = x.stride(1) if rows > 1 else width
-    block_stride = x.stride(0) if blocks > 1 else rows * row_stride
-    return TensorDescriptor(x, [blocks, rows, width], [block_stride, row_stride, 1], [1, 64, columns], BOX)
-
-
-def tile_rows(rows: int, dtype: torch.dtype) -> int:
-    """Query rows of one program."""
-    return 64
-
-
-def launch(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o, lse, *, heads: int, capacity: int,
-           splits: int, causal: bool, scale_log2: float) -> None:
-    """One launch, arguments as at the head of this file; o and lse are filled. Checks nothing: `mla_decode` does."""
-    requests, rows, _ = q_latent.shape
-    tiles = -(-rows // tile_rows(rows, q_latent.dtype))
-    paged, masked = page_table is not None, mask is not None
-    # An absent table or mask is never read: any pointer stands in for it.
-    start(
-        mla_decode_gluon_kernel, (tiles * splits * requests, ),
-        _descriptor(q_latent, 256), _descriptor(q_rope, 64), _descriptor(latent, 256), _descriptor(k_rope, 64),
-        o, lse, seqlens, page_table if paged else seqlens, page_table.stride(0) if paged else 0, capacity,
-        mask if masked else seqlens, *(mask.stride() if masked else (0, 0, 0)),
-        tiles, splits, rows, heads, rows // heads, int(causal), scale_log2,
-        PAGED=paged, HAS_MASK=masked, STAGES=2, num_warps=4, maxnreg=168,
-    )

@@ -9,11 +9,8 @@ Limits: widths that are powers of two from 16 on, the latent's at most 512; floa
 interpreter not bfloat16, which Triton computes wrongly there without a word.
 """
 
-import torch
 import triton
 import triton.language as tl
-
-from dscompile.kernels.launch import start
 
 
 @triton.jit
@@ -39,12 +36,12 @@ def _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2):
                        "rows", "heads", "s_q", "causal"],
     do_not_specialize_on_alignment=["seqlens_ptr", "table_ptr", "mask_ptr"],
 )
-def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_ptr, seqlens_ptr, table_ptr, mask_ptr,
+def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_ptr, seqlens_ptr,
                              q_stride_b, q_stride_s, q_stride_h, q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
-                             k_stride_b, k_stride_t, k_rope_stride_b, k_rope_stride_t, table_stride, capacity,
-                             mask_stride_b, mask_stride_s, mask_stride_t, tiles, splits, rows, heads, s_q, causal,
-                             scale_log2, C: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-                             PAGED: tl.constexpr, HAS_MASK: tl.constexpr):
+                             k_stride_b, k_stride_t, k_rope_stride_b, k_rope_stride_t, table_ptr, table_stride,
+                             capacity, mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t, tiles, splits, rows,
+                             heads, s_q, causal, scale_log2, C: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+                             KEYS: tl.constexpr, PAGED: tl.constexpr, HAS_MASK: tl.constexpr):
     """Formula, arguments and limits: at the heads of this file and of mla_decode_gluon.py."""
     tl.static_assert(64 % KEYS == 0, "a step must stay within one page of 64 keys")
     tile = tl.program_id(0) % tiles
@@ -53,8 +50,8 @@ def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_pt
     length = tl.minimum(tl.load(seqlens_ptr + request), capacity)
     pages = tl.cdiv(length, 64)
     per_split = tl.cdiv(pages, splits)
-    first = tl.minimum((part % splits) * per_split, pages)
-    end = tl.minimum(first + per_split, pages)
+    first = (part % splits) * per_split
+    end = tl.minimum(first + per_split, pages)  # at or before `first` where nothing is left for this split
 
     row = tile * TILE + tl.arange(0, TILE)
     query = tl.minimum(row // heads, s_q - 1)
@@ -122,39 +119,3 @@ def combine_splits_kernel(o_part_ptr, lse_part_ptr, o_ptr, lse_ptr, rows, splits
     out_row = request * rows + row
     tl.store(o_ptr + out_row * C + c, (tl.sum(o * w[:, None], 0) / divisor).to(o_ptr.dtype.element_ty))
     tl.store(lse_ptr + out_row, tl.where(seen, base + tl.log(divisor), -float("inf")))
-
-
-# Host side
-
-def tile_rows(rows: int, dtype: torch.dtype) -> int:
-    """Query rows of one program: with the keys of a step, they must fit the 99 KB that consumer GPUs give a CTA."""
-    return 16 if rows <= 16 or dtype == torch.float32 else 32
-
-
-def launch(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o, lse, *, heads: int, capacity: int,
-           splits: int, causal: bool, scale_log2: float) -> None:
-    """One launch: q_* [B, S, H, width], the rest as for the Gluon kernel. Checks nothing: `mla_decode` does."""
-    requests, s_q, _, width = q_latent.shape
-    rows, dtype = s_q * heads, q_latent.dtype
-    tile = tile_rows(rows, dtype)
-    tiles = -(-rows // tile)
-    keys = 16 if dtype == torch.float32 else 32
-    paged, masked = page_table is not None, mask is not None
-    # An absent table or mask is never read: any pointer stands in for it.
-    start(
-        mla_decode_triton_kernel, (tiles * splits * requests, ),
-        q_latent, q_rope, latent, k_rope, o, lse,
-        seqlens, page_table if paged else seqlens, mask if masked else seqlens,
-        *q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *k_rope.stride()[:2],
-        page_table.stride(0) if paged else 0, capacity, *(mask.stride() if masked else (0, 0, 0)),
-        tiles, splits, rows, heads, s_q, int(causal), scale_log2,
-        C=width, R=q_rope.shape[-1], TILE=tile, KEYS=keys, PAGED=paged, HAS_MASK=masked,
-        num_warps=tile // 4, num_stages=2,
-    )
-
-
-def combine(o_part: torch.Tensor, lse_part: torch.Tensor, o: torch.Tensor, lse: torch.Tensor) -> None:
-    """Join o_part [B, splits, rows, C] and lse_part [B, splits, rows] into o [B, ..., C] and lse [B, ...], filled."""
-    requests, splits, rows, width = o_part.shape
-    start(combine_splits_kernel, (requests * rows, ), o_part, lse_part, o, lse, rows, splits, C=width,
-          SPLITS=triton.next_power_of_2(splits), num_warps=4 if splits <= 8 else 8)

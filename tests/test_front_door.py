@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dscompile import cli
+from dscompile import cli, demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,19 +64,26 @@ def test_demo_yields_eagers_tokens() -> None:
     assert done.stdout.count("2 x mla lowered") == 2, "prefill and decoding"
 
 
-def test_demo_tells_a_tie_from_a_difference() -> None:
-    from dscompile import demo
+def generated(tokens: list[int], *logits: list[float]) -> SimpleNamespace:
+    """A result of `generate` for one request with a prompt of two tokens."""
+    return SimpleNamespace(
+        sequences=torch.tensor([[9, 9, *tokens]]), logits=[torch.tensor([values]) for values in logits]
+    )
 
-    def result(token: int) -> SimpleNamespace:
-        return SimpleNamespace(sequences=torch.tensor([[9, 9, 0, token]]), logits=[logits_BV, logits_BV])
 
-    logits_BV = torch.tensor([[8.0, 7.95, 1.0]])
-    assert demo.compare(result(0), result(0), torch.float32) == []
-    (near,) = demo.compare(result(0), result(1), torch.bfloat16)
-    (far,) = demo.compare(result(0), result(2), torch.bfloat16)
-    (exact,) = demo.compare(result(0), result(1), torch.float32)
-    assert (near.request, near.step) == (0, 1)
-    assert near.is_tie and not far.is_tie and not exact.is_tie
+def test_demo_compares_tokens() -> None:
+    eager = generated([0, 1], [3.0, 1.0], [1.0, 2.0])
+    assert demo.equal_tokens(generated([0, 1]), eager)
+    assert not demo.equal_tokens(generated([0, 0]), eager)
+
+
+def test_demo_compares_logits_until_the_texts_part() -> None:
+    eager = generated([0, 1, 1], [3.0, 4.0], [0.0, 5.0], [0.0, 5.0])
+    assert demo.logit_error(eager, eager) == 0
+    one_off = generated([0, 1, 1], [3.0, 4.0], [3.0, 5.0], [0.0, 5.0])
+    assert demo.logit_error(one_off, eager) == pytest.approx(math.sqrt(9 / 75))
+    parts_at_second = generated([0, 0, 0], [3.0, 4.0], [3.0, 5.0], [1e6, 1e6])
+    assert demo.logit_error(parts_at_second, eager) == pytest.approx(math.sqrt(9 / 50))
 
 
 def test_explain_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

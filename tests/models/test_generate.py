@@ -10,6 +10,7 @@ from transformers import CompileConfig
 
 from dscompile._entry import ensure_registered
 from dscompile.adapters.hf import PagedLatentCache
+from dscompile.lowering import select
 from dscompile.report import reports
 from tests.models.harness import attention_ops
 from tests.zoo import hf
@@ -46,8 +47,10 @@ def test_static_cache(model_type: str, compile_config: CompileConfig) -> None:
 
 
 @pytest.mark.skipif(not hf.CACHES_LATENT, reason="tier: transformers 5.15 or newer, which caches latents")
-def test_paged_cache(compile_config: CompileConfig) -> None:
-    """The compiled step reads the pages in place: the operator is given the page table."""
+def test_paged_cache(compile_config: CompileConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled step reads the pages in place: the operator is given the pool and the page table."""
+    choose, operands = select.choose, []
+    monkeypatch.setattr(select, "choose", lambda name, args: operands.append(args) or choose(name, args))
     model, prompt = hf.build_model("deepseek_v3"), hf.tokens(2, 60)
     expected = generate(model, prompt, cache_implementation="static", disable_compile=True)
     before = len(reports())
@@ -57,3 +60,5 @@ def test_paged_cache(compile_config: CompileConfig) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     (report,) = reports()[before:]
     assert report.op_counts.get("mla_decode") == hf.LAYERS, report
+    latent, page_table = operands[0][2], operands[0][6]
+    assert latent.shape == (4, 64, hf.MICRO["kv_lora_rank"]) and page_table.shape == (2, 2)
