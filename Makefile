@@ -60,7 +60,6 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q torch==$(TORCH) 'numpy<2.4'
 	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -q triton==$(TRITON)
-	$(PY) -m pip install -q 'setuptools>=77'
 	$(PY) -m pip install -q -e '.[test]'
 	touch $@
 

@@ -81,7 +81,8 @@ def _check(name: str, layers: int, cold: dict[str, Any], warm: dict[str, Any], p
 def _process(variant: Variant, name: str, folder: str, plan: Plan) -> dict[str, Any]:
     """Times one first call in a new process whose compiler caches are in `folder`."""
     words = [variant.name, name, plan.device, str(plan.dtype)[6:], str(plan.tokens), str(int(plan.dry))]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "PYTHONPATH": path}
     command = [sys.executable, "-m", "bench.compile_time", "--worker", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from dscompile.passes.anchors import Attention, Operand
 from dscompile.passes.graph import Sizes
 from dscompile.passes.memory import Memory
@@ -24,6 +26,7 @@ class AbsorbedForm:
     heads: int
     rank: int
     rope: int
+    keys: tuple[fx.Node, int]
     q_latent: tuple[Slot, ...]
     q_rope: tuple[Slot, ...]
     latent: tuple[Slot, ...]
@@ -36,23 +39,23 @@ class AbsorbedForm:
 def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> AbsorbedForm:
     """Structure of an attention with two score terms; raises a Refusal."""
     prover = Prover(memory, sizes)
+    prover.lengths(attention)
     terms = list(attention.terms)
     value = attention.value
     if any("h" in t.right.labels for t in terms) or "h" in value.labels:
         raise Unsupported("two score terms, but keys with a head dimension", attention.softmax)
-    time = memory.position[attention.out]
     rank, dtype = attention.size("v", sizes.shape), attention.dtype
 
-    def whole(operand: Operand, position: str, heads: int, width: int):
+    def whole(operand: Operand, position: str, heads: int, width: int, reader: fx.Node):
         batch, length = (sizes.shape(operand.node)[operand.labels.index(c)] for c in ("b", position))
-        return prover.grid(operand, batch, length, position, heads, width, time)
+        return prover.grid(operand, batch, length, position, heads, width, memory.position[reader])
 
     def width(operand: Operand) -> int:
         return sizes.shape(operand.node)[operand.labels.index("d")]
 
-    c_value = whole(value, "t", 1, rank)[0]
+    c_value = whole(value, "t", 1, rank, attention.out)[0]
     for i, term in enumerate(terms):
-        if width(term.right) == rank and prover.same(whole(term.right, "t", 1, rank)[0], c_value):
+        if width(term.right) == rank and prover.same(whole(term.right, "t", 1, rank, term.node)[0], c_value):
             latent, rotated = terms[i], terms[1 - i]
             break
     else:
@@ -62,8 +65,9 @@ def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> Absorb
         heads=heads,
         rank=rank,
         rope=turn,
-        q_latent=prover.slots(whole(latent.left, "s", heads, rank), "bshd", dtype),
-        q_rope=prover.slots(whole(rotated.left, "s", heads, turn), "bshd", dtype),
-        latent=prover.slots(whole(latent.right, "t", 1, rank), "btd", dtype),
-        k_rope=prover.slots(whole(rotated.right, "t", 1, turn), "btd", dtype),
+        keys=(latent.right.node, latent.right.labels.index("t")),
+        q_latent=prover.slots(whole(latent.left, "s", heads, rank, latent.node), "bshd", dtype),
+        q_rope=prover.slots(whole(rotated.left, "s", heads, turn, rotated.node), "bshd", dtype),
+        latent=prover.slots(whole(latent.right, "t", 1, rank, latent.node), "btd", dtype),
+        k_rope=prover.slots(whole(rotated.right, "t", 1, turn, rotated.node), "btd", dtype),
     )

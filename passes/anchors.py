@@ -15,8 +15,10 @@ import torch
 from torch import fx
 
 from dscompile.passes.graph import argument, is_tensor
+from dscompile.passes.memory import Memory
 from dscompile.passes.refusals import (
     AttentionDropout,
+    MutatedOperand,
     NotAttention,
     NotBilinear,
     ProbabilitiesUsed,
@@ -42,6 +44,9 @@ CASTS = {
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 MATMUL = {aten.matmul.default, aten.bmm.default}
 PRODUCTS = MATMUL | {aten.einsum.default}
+CONCATENATIONS = {aten.cat.default, aten.concat.default}
+SCALINGS = {getattr(getattr(aten, n), o) for n in ("mul", "mul_", "div", "div_") for o in ("Tensor", "Scalar")}
+MASKINGS = {getattr(getattr(aten, n), o) for n in ("masked_fill", "masked_fill_") for o in ("Scalar", "Tensor")}
 DROPOUT = {aten.dropout.default, aten.native_dropout.default, aten.dropout_.default}
 
 
@@ -55,10 +60,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Term:
-    """Scores ``sum_d left[..s..d] * right[..t..d]``."""
+    """Scores ``sum_d left[..s..d] * right[..t..d]``, computed by ``node``."""
 
     left: Operand
     right: Operand
+    node: fx.Node
 
 
 @dataclass
@@ -93,17 +99,14 @@ class Attention:
 Found = Attention | Refusal
 
 
-def find(graph: fx.Graph) -> Iterator[tuple[fx.Node, Found]]:
+def find(graph: fx.Graph, memory: Memory) -> Iterator[tuple[fx.Node, Found]]:
     """(anchor, Attention or the Refusal that explains why it isn't one) for each softmax and SDPA, in graph order."""
     for node in graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
-            reader = _sdpa
-        elif node.target in SOFTMAX:
-            reader = _softmax
-        else:
-            continue
         try:
-            yield node, reader(node)
+            if node.target is aten.scaled_dot_product_attention.default:
+                yield node, _sdpa(node)
+            elif node.target in SOFTMAX:
+                yield node, _Reader(memory).softmax(node)
         except NotAttention:
             continue
         except Refusal as refusal:
@@ -115,15 +118,15 @@ def _sdpa(node: fx.Node) -> Attention:
     dropout = argument(node, 4, "dropout_p", 0.0)
     if dropout:
         raise AttentionDropout(f"dropout_p = {dropout}", node)
-    rank = q.meta["val"].dim()
-    if rank != 4:
-        raise Unsupported(f"attention over {rank}-dimensional tensors", node)
+    ranks = {x.meta["val"].dim() for x in (q, k, v)}
+    if ranks != {4}:
+        raise Unsupported(f"attention over tensors of {ranks} dimensions", node)
     scale = argument(node, 6, "scale")
     width = q.meta["val"].shape[-1]
     return Attention(
         softmax=node,
         out=node,
-        terms=[Term(Operand(q, "bhsd"), Operand(k, "bhtd"))],
+        terms=[Term(Operand(q, "bhsd"), Operand(k, "bhtd"), node)],
         value=Operand(v, "bhtv"),
         result="bhsv",
         scale=float(width) ** -0.5 if scale is None else float(scale),  # type: ignore[arg-type]
@@ -144,54 +147,122 @@ class _Scores:
     inverted: bool = False
 
 
-def _softmax(node: fx.Node) -> Attention:
-    source = node.args[0]
-    rank = source.meta["val"].dim()
-    out, value, result = _consumer(node, rank)
-    if int(node.args[1]) % rank != rank - 1:
-        raise Unsupported("softmax over another dimension than the last", node)
-    scores = _scores(source)
-    if not scores.terms:
-        raise NotBilinear(f"scores come from `{source.target}`", source)
-    labels = scores.labels
-    value_labels, result_labels = value.labels, result
-    return Attention(
-        softmax=node,
-        out=out,
-        terms=scores.terms,
-        value=Operand(value.node, _rename(value_labels, labels, rank)),
-        result=_rename(result_labels, labels, rank),
-        scale=scores.scale,
-        mask=scores.mask,
-        mask_labels=labels,
-        inverted=scores.inverted,
-        form="eager" if len(scores.terms) == 1 else "absorbed",
-    )
+class _Reader:
+    """Reads one softmax: up through the scores, down to the product with the values."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+
+    def softmax(self, node: fx.Node) -> Attention:
+        source = node.args[0]
+        rank = source.meta["val"].dim()
+        out, value, result = self.consumer(node, rank)
+        if int(node.args[1]) % rank != rank - 1:
+            raise Unsupported("softmax over another dimension than the last", node)
+        scores = self.scores(source, self.memory.position[node])
+        labels = scores.labels
+        return Attention(
+            softmax=node,
+            out=out,
+            terms=scores.terms,
+            value=Operand(value.node, _rename(value.labels, labels)),
+            result=_rename(result, labels),
+            scale=scores.scale,
+            mask=scores.mask,
+            mask_labels=labels,
+            inverted=scores.inverted,
+            form="eager" if len(scores.terms) == 1 else "absorbed",
+        )
+
+    def intact(self, node: fx.Node, time: int) -> None:
+        """Refuses a value that is changed in place between where it is made and ``time``, when it is read."""
+        if not self.memory.unchanged(node, self.memory.position[node] + 1, time):
+            raise MutatedOperand(f"`{node.name}` is changed in place before it is read", node)
+
+    def consumer(self, softmax: fx.Node, rank: int) -> tuple[fx.Node, Operand, str]:
+        """The product of the probabilities with the values: (node, value, labels of the result)."""
+        node = softmax
+        while True:
+            users = [u for u in node.users if u.op != "output" or _returned(node)]
+            products = [u for u in users if u.target in PRODUCTS]
+            if not products and not any(u.target in CASTS | DROPOUT for u in users):
+                if node is softmax and rank == 4 and softmax.args[0].target in CONCATENATIONS:
+                    raise SoftmaxSink("the scores are concatenated with other columns", softmax)
+                raise NotAttention("a softmax without a second product", softmax)
+            if len(users) != 1:
+                raise ProbabilitiesUsed(f"the attention weights have {len(users)} readers", node)
+            (user,) = users
+            self.intact(node, self.memory.position[user])
+            if user.target in DROPOUT:
+                rate, training = argument(user, 1, "p", 0.0), argument(user, 2, "train", True)
+                if rate and training:
+                    raise AttentionDropout(f"dropout of {rate} on the attention weights", user)
+            if user.target in PRODUCTS:
+                return (user, *_second_product(user, node, rank))
+            node = user
+
+    def scores(self, node: fx.Node, time: int) -> _Scores:
+        """Parses an expression for the scores, read at ``time``, down to its products."""
+        self.intact(node, time)
+        at = self.memory.position[node]
+        if node.target in CASTS:
+            return self.scores(node.args[0], at)
+        if node.target in PRODUCTS:
+            return _product(node)
+        if node.target in SCALINGS:
+            return self.scaled(node, at)
+        if node.target in (aten.add.Tensor, aten.add_.Tensor):
+            return self.sum(node, at)
+        if node.target in MASKINGS:
+            return self.masked(node, node.args[0], node.args[1], node.args[2], True, at)
+        if node.target is aten.where.ScalarOther:
+            return self.masked(node, node.args[1], node.args[0], node.args[2], False, at)
+        if node.target in CONCATENATIONS:
+            raise SoftmaxSink("the scores are concatenated with other columns", node)
+        raise NotBilinear(f"scores pass through `{node.target}`", node)
+
+    def scaled(self, node: fx.Node, time: int) -> _Scores:
+        left, factor = node.args[0], node.args[1]
+        if isinstance(left, (int, float)):
+            left, factor = factor, left
+        if not isinstance(factor, (int, float)):
+            raise NotBilinear("scores are scaled by a tensor", node)
+        scores = self.scores(left, time)
+        if scores.mask is not None and not scores.inverted and scores.mask.meta["val"].dtype != torch.bool:
+            raise Unsupported("scaling behind an additive mask", node)
+        scores.scale *= float(factor) if "mul" in str(node.target) else 1.0 / float(factor)
+        return scores
+
+    def sum(self, node: fx.Node, time: int) -> _Scores:
+        a, b = node.args[0], node.args[1]
+        if not is_tensor(a) or not is_tensor(b) or node.kwargs:
+            raise NotBilinear("a constant is added to the scores", node)
+        first = self.scores(a, time)
+        try:
+            second = self.scores(b, time)
+        except Refusal:
+            if first.mask is not None:
+                raise Unsupported("two masks are added", node) from None
+            first.mask = b
+            return first
+        if first.labels != second.labels or first.scale != second.scale or first.mask or second.mask:
+            raise Unsupported("score terms of different layout, scale or mask", node)
+        first.terms += second.terms
+        return first
+
+    def masked(self, node: fx.Node, source: fx.Node, mask: fx.Node, fill: object, inverted: bool, time: int) -> _Scores:
+        if not isinstance(fill, (int, float)) or fill > -1.0e4:
+            raise NotBilinear(f"masked scores are set to {fill}, not to minus infinity", node)
+        scores = self.scores(source, time)
+        if scores.mask is not None:
+            raise Unsupported("two masks", node)
+        scores.mask, scores.inverted = mask, inverted
+        return scores
 
 
-def _rename(labels: str, scores: str, rank: int) -> str:
+def _rename(labels: str, scores: str) -> str:
     """Labels of the second product (digits: dimensions of the probabilities, v: the value's own) in the scores' letters."""
     return "".join(scores[int(c)] if c.isdigit() else c for c in labels)
-
-
-def _consumer(softmax: fx.Node, rank: int) -> tuple[fx.Node, Operand, str]:
-    """The product of the probabilities with the values: (node, value, labels of the result)."""
-    node = softmax
-    while True:
-        users = [u for u in node.users if u.op != "output" or _returned(node)]
-        products = [u for u in users if u.target in PRODUCTS]
-        if not products and not any(u.target in CASTS | DROPOUT for u in users):
-            raise NotAttention("a softmax without a second product", softmax)
-        if len(users) != 1:
-            raise ProbabilitiesUsed(f"the attention weights have {len(users)} readers", node)
-        (user,) = users
-        if user.target in DROPOUT:
-            rate, training = argument(user, 1, "p", 0.0), argument(user, 2, "train", True)
-            if rate and training:
-                raise AttentionDropout(f"dropout of {rate} on the attention weights", user)
-        if user.target in PRODUCTS:
-            return (user, *_second_product(user, node, rank))
-        node = user
 
 
 def _returned(node: fx.Node) -> bool:
@@ -219,80 +290,12 @@ def _second_product(node: fx.Node, probabilities: fx.Node, rank: int) -> tuple[O
     return Operand(node.args[1], f"{lead}{rank - 1}v"), f"{lead}{rank - 2}v"
 
 
-def _scores(node: fx.Node) -> _Scores:
-    """Parses an expression for the scores down to its products."""
-    while node.target in CASTS:
-        node = node.args[0]
-    if node.target in PRODUCTS:
-        return _product(node)
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        return _scaled(node)
-    if node.target is aten.add.Tensor:
-        return _sum(node)
-    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return _masked(node, node.args[0], node.args[1], node.args[2], True)
-    if node.target is aten.where.ScalarOther:
-        return _masked(node, node.args[1], node.args[0], node.args[2], False)
-    if node.target in (aten.cat.default, aten.concat.default):
-        raise SoftmaxSink("the scores are concatenated with other columns", node)
-    if node.target in (aten.sub.Tensor,) and _is_maximum(node.args[1]):
-        return _scores(node.args[0])  # softmax(x - max x) = softmax(x)
-    raise NotBilinear(f"scores pass through `{node.target}`", node)
-
-
-def _is_maximum(node: object) -> bool:
-    if isinstance(node, fx.Node) and node.target is not aten.amax.default:
-        node = node.args[0] if node.args else None
-    return isinstance(node, fx.Node) and node.target in (aten.amax.default, aten.max.dim)
-
-
-def _scaled(node: fx.Node) -> _Scores:
-    left, factor = node.args[0], node.args[1]
-    if isinstance(left, (int, float)):
-        left, factor = factor, left
-    if not isinstance(factor, (int, float)):
-        raise NotBilinear("scores are scaled by a tensor", node)
-    scores = _scores(left)
-    if scores.mask is not None and not scores.inverted and scores.mask.meta["val"].dtype != torch.bool:
-        raise Unsupported("scaling behind an additive mask", node)
-    scores.scale *= float(factor) if "mul" in str(node.target) else 1.0 / float(factor)
-    return scores
-
-
-def _sum(node: fx.Node) -> _Scores:
-    a, b = node.args[0], node.args[1]
-    if not is_tensor(a) or not is_tensor(b) or node.kwargs:
-        raise NotBilinear("a constant is added to the scores", node)
-    first = _scores(a)
-    try:
-        second = _scores(b)
-    except Refusal:
-        if first.mask is not None:
-            raise Unsupported("two masks are added", node) from None
-        first.mask = b
-        return first
-    if first.labels != second.labels or first.scale != second.scale or first.mask or second.mask:
-        raise Unsupported("score terms of different layout, scale or mask", node)
-    first.terms += second.terms
-    return first
-
-
-def _masked(node: fx.Node, scores_node: fx.Node, mask: fx.Node, fill: object, inverted: bool) -> _Scores:
-    if not isinstance(fill, (int, float)) or fill > -1.0e4:
-        raise NotBilinear(f"masked scores are set to {fill}, not to minus infinity", node)
-    scores = _scores(scores_node)
-    if scores.mask is not None:
-        raise Unsupported("two masks", node)
-    scores.mask, scores.inverted = mask, inverted
-    return scores
-
-
 def _product(node: fx.Node) -> _Scores:
     if node.target is not aten.einsum.default:
         rank = node.args[0].meta["val"].dim()
         if rank != 4 or node.args[1].meta["val"].dim() != 4:
             raise Unsupported("scores over batched 3-dimensional tensors", node)
-        return _Scores([Term(Operand(node.args[0], "bhsd"), Operand(node.args[1], "bhdt"))], "bhst")
+        return _Scores([Term(Operand(node.args[0], "bhsd"), Operand(node.args[1], "bhdt"), node)], "bhst")
     left, right, result = _equation(node)
     operands = list(node.args[1])
     if result[-1] not in right:
@@ -312,7 +315,7 @@ def _product(node: fx.Node) -> _Scores:
     def label(text: str) -> str:
         return "".join(names[c] for c in text)
 
-    return _Scores([Term(Operand(operands[0], label(left)), Operand(operands[1], label(right)))], label(result))
+    return _Scores([Term(Operand(operands[0], label(left)), Operand(operands[1], label(right)), node)], label(result))
 
 
 def _equation(node: fx.Node) -> tuple[str, str, str]:

@@ -34,7 +34,7 @@ class Read:
     """A Dynamo node and how to read the value off it."""
 
     node: fx.Node
-    slot: Slot | Rows | Pages | None
+    slot: Slot | Rows | Pages | int  # an int: the dimension to measure
     table: fx.Node | None = None
 
 
@@ -100,10 +100,15 @@ class Binder:
                 read = self._page_read(owner, getattr(structure, name), time)
                 if read is not None:
                     plan[name] = read
+        if any(label == "t" for name in names for label, _ in _cuts(plan.get(name))):
+            held = self._held(owner, structure.keys[0])
+            if held is None:
+                raise UnboundValue("the key has no tensor in the graph of the attention", structure.keys[0])
+            plan["keys"] = Read(held, structure.keys[1])
         if match.mask.kind in ("length", "operand"):
             softmax = self.memory.position[match.attention.softmax]
             node = match.mask.node
-            plan["mask"] = self._choose(owner, "mask", (Slot(node, "", 0, softmax, node.meta["val"].dtype),), time)
+            plan["mask"] = self._choose(owner, "mask", (Slot(node, "", (), softmax, node.meta["val"].dtype),), time)
         return plan
 
     def _held(self, owner: Owner, node: fx.Node) -> fx.Node | None:
@@ -144,10 +149,17 @@ class Binder:
 
     # ---- writing
 
-    def _value(self, e: Emitter, read: Read, wanted: str, width: int, dtype: torch.dtype) -> fx.Node:
+    def _value(
+        self, e: Emitter, plan: dict[str, Read], name: str, wanted: str, width: int, dtype: torch.dtype
+    ) -> fx.Node:
         """A value as the model uses it, in the dtype the attention computes in."""
+        read = plan[name]
         assert isinstance(read.slot, Slot)
-        return self._cast(e, e.read(read.node, read.slot, wanted, width), read.slot.dtype, dtype)
+        lengths: dict[str, fx.Node | int] = {"d": width}
+        if any(label == "t" for label, _ in read.slot.cuts):
+            keys = plan["keys"]
+            lengths["t"] = e.size(keys.node, keys.slot)  # type: ignore[arg-type]
+        return self._cast(e, e.read(read.node, read.slot, wanted, lengths), read.slot.dtype, dtype)
 
     def _cast(self, e: Emitter, node: fx.Node, used: torch.dtype, dtype: torch.dtype) -> fx.Node:
         if used.itemsize > dtype.itemsize:
@@ -158,11 +170,11 @@ class Binder:
         s = match.structure
         assert isinstance(s, Structure)
         dtype = match.attention.dtype
-        q_nope = self._value(e, plan["q_nope"], "bhsd", s.nope, dtype)
-        latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
+        q_nope = self._value(e, plan, "q_nope", "bhsd", s.nope, dtype)
+        latent = self._value(e, plan, "latent", "btd", s.rank, dtype)
         if s.rope:
-            q_rope = self._value(e, plan["q_rope"], "bhsd", s.rope, dtype)
-            k_rope = self._value(e, plan["k_rope"], "btd", s.rope, dtype)
+            q_rope = self._value(e, plan, "q_rope", "bhsd", s.rope, dtype)
+            k_rope = self._value(e, plan, "k_rope", "btd", s.rope, dtype)
         else:
             q_rope, k_rope = (e.call(aten.slice.Tensor, x, -1, 0, 0) for x in (q_nope, latent))
         weights = [self._weight(e, plan[n], s.heads, dtype) for n in ("w_uk", "w_uv")]
@@ -191,10 +203,10 @@ class Binder:
         if self.training:
             raise Unsupported("the absorbed form has no backward here: train the expanded form", match.anchor)
         dtype = match.attention.dtype
-        q_latent = self._value(e, plan["q_latent"], "bshd", s.rank, dtype)
-        q_rope = self._value(e, plan["q_rope"], "bshd", s.rope, dtype)
-        latent = self._value(e, plan["latent"], "btd", s.rank, dtype)
-        k_rope = self._value(e, plan["k_rope"], "btd", s.rope, dtype)
+        q_latent = self._value(e, plan, "q_latent", "bshd", s.rank, dtype)
+        q_rope = self._value(e, plan, "q_rope", "bshd", s.rope, dtype)
+        latent = self._value(e, plan, "latent", "btd", s.rank, dtype)
+        k_rope = self._value(e, plan, "k_rope", "btd", s.rope, dtype)
         mask = self._mask(e, match, plan)
         mask, lengths = decode_mask(e, match.mask, mask, latent)
         causal = match.mask.kind == "causal"
@@ -259,16 +271,14 @@ def decode_mask(
         counted = e.call(aten.sum.dim_IntList, row, [-1], dtype=torch.int32)
         return None, e.call(aten.expand.default, counted, [batch])
     row = e.call(aten.any.dim, node, 1)
-    one = e.call(aten.arange.start, 1, _plus_one(e, keys), dtype=torch.int32, device=_device(latent))
+    one = e.call(aten.arange.start, 1, e.plus(keys, 1), dtype=torch.int32, device=_device(latent))
     ends = e.call(aten.mul.Tensor, e.call(aten.to.dtype, row, torch.int32), one)
     bound = e.call(aten.amax.default, ends, [-1])
     return node, e.call(aten.expand.default, bound, [batch])
 
 
-def _plus_one(e: Emitter, keys: fx.Node | int) -> fx.Node | int:
-    import operator
-
-    return keys + 1 if isinstance(keys, int) else e.call(operator.add, keys, 1)
+def _cuts(read: Read | None) -> tuple[tuple[str, int], ...]:
+    return read.slot.cuts if read is not None and isinstance(read.slot, Slot) else ()
 
 
 def _device(node: fx.Node) -> torch.device:

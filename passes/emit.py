@@ -71,18 +71,23 @@ class Emitter:
             return node
         return self.call(aten.slice.Tensor, node, dim, start, start + length)
 
+    def plus(self, size: fx.Node | int, number: int) -> fx.Node | int:
+        if isinstance(size, int) or number == 0:
+            return size + number if isinstance(size, int) else size
+        return self.call(operator.add, size, number)
+
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if node.meta["example_value"].dtype == dtype else self.call(aten.to.dtype, node, dtype)
 
-    def read(self, node: fx.Node, slot: Slot, wanted: str, width: int) -> fx.Node:
-        """The value that ``slot`` describes as a view with dimensions ``wanted``, the last of them ``width`` long."""
+    def read(self, node: fx.Node, slot: Slot, wanted: str, lengths: dict[str, fx.Node | int]) -> fx.Node:
+        """The value that ``slot`` describes as a view with dimensions ``wanted``; ``lengths`` of those that are cut."""
         labels = slot.labels
         for dim in reversed(range(len(labels))):
             if labels[dim] == "1":
                 node = self.call(aten.squeeze.dim, node, dim)
         labels = labels.replace("1", "")
-        if "d" in labels:
-            node = self.narrow(node, labels.index("d"), slot.offset, width)
+        for label, start in slot.cuts:
+            node = self.call(aten.slice.Tensor, node, labels.index(label), start, self.plus(lengths[label], start))
         order = [labels.index(c) for c in wanted if c in labels]
         if order != sorted(order):
             node = self.call(aten.permute.default, node, order)

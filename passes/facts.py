@@ -4,8 +4,11 @@ A mask is small arithmetic over ``arange``, comparisons and ands, sometimes over
 the device knows. :class:`Evaluate` computes elements of such a tensor at given coordinates with three forms:
 
 - ``Number``: ``const + coef * x``, x an unknown integer (an element of an input tensor, named by an id);
-- ``Truth``: true exactly when ``low <= x < high`` (constants: the empty or the whole interval);
-- ``Pick``: ``yes`` where a Truth holds, ``no`` elsewhere (``where``, ``masked_fill``).
+- ``Truth``: true exactly when ``low <= x < high``; ``Flag``: a constant truth;
+- ``Pick``: ``yes`` where a truth holds, ``no`` elsewhere (``where``, ``masked_fill``).
+
+Coordinates and values are arrays that broadcast against each other: what depends on the query alone stays S long and
+what depends on the key alone T long, until a comparison joins them.
 
 Every rule is exact: a comparison of two Numbers in one unknown is an interval of that unknown. What has no such form
 raises :class:`Unknown`, and the mask stays an operand. Data movement is the table of ``prove.py``.
@@ -14,7 +17,7 @@ raises :class:`Unknown`, and the mask stays an operand. Data movement is the tab
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from torch import fx
 
 from dscompile.passes.graph import Sizes, argument, is_tensor
 from dscompile.passes.memory import Memory
-from dscompile.passes.prove import Array, Coords, Points, Pull, broadcast, ravel, unravel
+from dscompile.passes.prove import Array, Coords, Points, Pull, broadcast, ravel, splits
 
 aten = torch.ops.aten
 LOW, HIGH = -(2**62), 2**62
@@ -36,9 +39,14 @@ class Unknown(Exception):
 
 @dataclass
 class Number:
-    const: Array  # int64 or float64
+    const: Array  # int64 or float64; arrays broadcast
     coef: Array | None = None  # int64; None: no unknown
     ident: Array | None = None
+
+
+@dataclass
+class Flag:
+    value: Array  # bool
 
 
 @dataclass
@@ -62,21 +70,24 @@ class Truth:
 
 @dataclass
 class Pick:
-    cond: Truth
+    cond: Truth | Flag
     yes: Array
     no: Array
 
 
-Value = Number | Truth | Pick
+Value = Number | Truth | Flag | Pick
 
 
-def truth(values: Array) -> Truth:
-    """Constant booleans."""
-    none = np.full(values.shape, NO_ID)
-    return Truth(np.where(values, LOW, 0), np.where(values, HIGH, 0), none)
+def interval(value: Truth | Flag) -> Truth:
+    """A constant as the whole or the empty interval."""
+    if isinstance(value, Truth):
+        return value
+    return Truth(np.where(value.value, LOW, 0), np.where(value.value, HIGH, 0), np.asarray(NO_ID))
 
 
 def _constant_bool(value: Value) -> Array:
+    if isinstance(value, Flag):
+        return value.value
     if isinstance(value, Truth):
         if not value.constant.all():
             raise Unknown("a number made of a comparison with an unknown")
@@ -98,24 +109,20 @@ def _add(a: Number, b: Number, sign: int = 1) -> Number:
         return Number(const, a.coef, a.ident)
     if a.coef is None:
         return Number(const, sign * b.coef, b.ident)
-    zero = np.broadcast_to(np.int64(0), np.shape(const))
-    coef_a, coef_b = np.broadcast_to(a.coef, np.shape(const)), np.broadcast_to(sign * b.coef, np.shape(const))
-    if ((a.ident != b.ident) & (coef_a != 0) & (coef_b != 0)).any():
+    if ((a.ident != b.ident) & (a.coef != 0) & (b.coef != 0)).any():
         raise Unknown("a sum of two different unknowns")
-    coef = coef_a + coef_b
-    if (coef == zero).all():
-        return Number(const)
-    return Number(const, coef, np.where(coef_a != 0, a.ident, b.ident))
+    coef = a.coef + sign * b.coef
+    return Number(const, coef, np.where(a.coef != 0, a.ident, b.ident)) if (coef != 0).any() else Number(const)
 
 
 def _scale(a: Number, factor: Array) -> Number:
     return Number(a.const * factor, None if a.coef is None else a.coef * factor, a.ident)
 
 
-def _at_least(d: Number) -> Truth:
+def _at_least(d: Number) -> Truth | Flag:
     """d >= 0."""
     if d.coef is None:
-        return truth(d.const >= 0)
+        return Flag(d.const >= 0)
     if not np.isin(d.coef, (-1, 0, 1)).all():
         raise Unknown("a comparison with a multiple of an unknown")
     low = np.where(d.coef == 1, -d.const, np.where((d.coef == 0) & (d.const < 0), 0, LOW))
@@ -123,16 +130,20 @@ def _at_least(d: Number) -> Truth:
     return Truth(low, high, np.where(d.coef == 0, NO_ID, d.ident))
 
 
-def complement(t: Truth) -> Truth:
-    half = ~t.constant & (t.low > LOW) & (t.high < HIGH)
-    if half.any():
+def complement(t: Truth | Flag) -> Truth | Flag:
+    if isinstance(t, Flag):
+        return Flag(~t.value)
+    if (~t.constant & (t.low > LOW) & (t.high < HIGH)).any():
         raise Unknown("the complement of an interval")
     low = np.where(t.always, 0, np.where(t.never, LOW, np.where(t.low > LOW, LOW, t.high)))
     high = np.where(t.always, 0, np.where(t.never, HIGH, np.where(t.low > LOW, t.low, HIGH)))
     return Truth(low, high, t.ident)
 
 
-def _and(a: Truth, b: Truth) -> Truth:
+def _and(a: Truth | Flag, b: Truth | Flag) -> Truth | Flag:
+    if isinstance(a, Flag) and isinstance(b, Flag):
+        return Flag(a.value & b.value)
+    a, b = interval(a), interval(b)
     if ((a.ident != b.ident) & ~a.constant & ~b.constant).any():
         raise Unknown("a condition on two different unknowns")
     never = a.never | b.never
@@ -141,26 +152,24 @@ def _and(a: Truth, b: Truth) -> Truth:
     return Truth(low, high, np.where(a.constant, b.ident, a.ident))
 
 
-def _or(a: Truth, b: Truth) -> Truth:
+def _or(a: Truth | Flag, b: Truth | Flag) -> Truth | Flag:
     return complement(_and(complement(a), complement(b)))
 
 
-def _as_truth(value: Value) -> Truth:
-    return value if isinstance(value, Truth) else truth(_constant_bool(value))
+def _as_truth(value: Value) -> Truth | Flag:
+    return value if isinstance(value, (Truth, Flag)) else Flag(_constant_bool(value))
 
 
-def _equal(d: Number) -> Truth:
-    return _and(_at_least(d), _at_least(_scale(d, np.int64(-1))))
+def _equal(d: Number) -> Truth | Flag:
+    return Flag(d.const == 0) if d.coef is None else _and(_at_least(d), _at_least(_scale(d, np.int64(-1))))
 
 
-def _strict(d: Number) -> Truth:
+def _strict(d: Number) -> Truth | Flag:
     """d > 0, for integers d - 1 >= 0."""
-    if d.coef is None:
-        return truth(d.const > 0)
-    return _at_least(Number(d.const - 1, d.coef, d.ident))
+    return Flag(d.const > 0) if d.coef is None else _at_least(Number(d.const - 1, d.coef, d.ident))
 
 
-COMPARE: dict[str, Callable[[Number], Truth]] = {  # of d = right - left
+COMPARE: dict[str, Callable[[Number], Truth | Flag]] = {  # of d = right - left
     "le": _at_least,
     "lt": _strict,
     "ge": lambda d: _at_least(_scale(d, np.int64(-1))),
@@ -181,43 +190,60 @@ class Evaluate:
     def __init__(self, memory: Memory, sizes: Sizes):
         self.pull = Pull(memory, sizes)
         self.memory, self.sizes = memory, sizes
-        self._dense: dict[tuple[fx.Node, int], Value] = {}
+        self._dense: dict[fx.Node, Array] = {}
         self._inputs: dict[tuple[fx.Node, int], int] = {}
 
-    def whole(self, node: fx.Node, time: int) -> Value:
-        """All elements of a tensor, flattened."""
-        shape = self.sizes.shape(node)
-        count = int(np.prod(shape, dtype=np.int64))
-        return self.at(node, unravel(np.arange(count), shape), count, time)
+    def at(self, node: fx.Node, coords: Coords, shape: tuple[int, ...], time: int) -> Value:
+        """Elements of ``node``, as read at ``time``; ``coords`` broadcast to ``shape``, and so does the result."""
+        points = Points(node, coords, np.broadcast_to(np.int64(0), shape), time)
+        while True:
+            update = self._update(points)
+            if update is not None:  # an in-place operator wrote the tensor last: its result is what is read
+                return _through_casts(self._compute(replace(points, node=update)), points)
+            if splits(points, self.memory):
+                return self._parts(points)
+            steps = self.pull.step(points)
+            if steps is None:
+                return _through_casts(self._compute(points), points)
+            (points,) = steps
 
-    def at(self, node: fx.Node, coords: Coords, count: int, time: int) -> Value:
-        """Elements of ``node`` at ``count`` coordinates, as read at ``time``."""
-        ends = self.pull.walk(Points(node, coords, np.arange(count), time))
+    def _update(self, points: Points) -> fx.Node | None:
+        """The last in-place operator before the read, if it wrote the whole tensor that ``points`` are elements of."""
+        node, memory = points.node, self.memory
+        own = [w for w in memory.writes.get(node, ()) if memory.position[node] < w.position < points.time]
+        if not own or own[-1].view is not node or own[-1].node.target is aten.copy_.default:
+            return None
+        return own[-1].node
+
+    def _parts(self, points: Points) -> Value:
+        """A value whose elements come from several tensors: each computed apart, then put in order."""
+        shape = points.index.shape
+        flat = replace(points.spread(), index=np.arange(int(np.prod(shape, dtype=np.int64))))
+        flat = replace(flat, coords=tuple(c.reshape(-1) for c in flat.coords))
+        ends = self.pull.walk(flat)
         values = [_through_casts(self._compute(p), p) for p in ends]
-        if len(ends) == 1:
-            order = np.argsort(ends[0].index, kind="stable")
-            return values[0] if (order == np.arange(count)).all() else _gather(values[0], order)
-        return _gather(_concatenate(values), np.argsort(np.concatenate([p.index for p in ends]), kind="stable"))
+        order = np.argsort(np.concatenate([p.index for p in ends]), kind="stable")
+        lengths = [len(p.index) for p in ends]
+        return _map(_concatenate(values, lengths), lambda x: x[order].reshape(shape))
 
     def _operand(self, node: fx.Node, position: int, name: str, p: Points) -> Value:
         value = argument(node, position, name)
-        count = len(p.index)
         if is_tensor(value):
-            inner = broadcast(p.coords, self.sizes.shape(value))  # type: ignore[arg-type]
-            return self.at(value, inner, count, self.memory.position[node])  # type: ignore[arg-type]
+            return self._read(value, p.coords, p, node)  # type: ignore[arg-type]
         if isinstance(value, bool):
-            return truth(np.full(count, value))
-        if isinstance(value, float):
-            return Number(np.full(count, value))
-        return Number(np.full(count, self.sizes.number(value)))
+            return Flag(np.asarray(value))
+        return Number(np.asarray(value if isinstance(value, float) else self.sizes.number(value)))
+
+    def _read(self, source: fx.Node, coords: Coords, p: Points, reader: fx.Node) -> Value:
+        """Elements of an operand that ``reader`` broadcasts to its own coordinates."""
+        inner = broadcast(coords, self.sizes.shape(source))
+        return self.at(source, inner, p.index.shape, self.memory.position[reader])
 
     def _compute(self, p: Points) -> Value:
         node = p.node
         if node.op in ("placeholder", "get_attr"):
             return self._input(p)
-        name = getattr(node.target, "_schema", None)
-        name = name.name.split("::")[1] if name is not None else str(node.target)
-        name = ALIASES.get(name, name)
+        name = _operator(node)
         if name in COMPARE:
             left, right = _number(self._operand(node, 0, "self", p)), _number(self._operand(node, 1, "other", p))
             return COMPARE[name](_add(right, left, -1))
@@ -237,9 +263,8 @@ class Evaluate:
             raise Unknown(f"it depends on the input `{p.node.meta.get('dynamo_name', p.node.name)}`")
         key = (self.memory.root(p.node), self.memory.version(p.node, p.time))
         base = self._inputs.setdefault(key, len(self._inputs)) << 40
-        flat = ravel(p.coords, self.sizes.shape(p.node)) if p.coords else np.zeros(1, np.int64)
-        count = p.index.shape
-        return Number(np.zeros(count, np.int64), np.ones(count, np.int64), np.broadcast_to(base + flat, count))
+        flat = ravel(p.coords, self.sizes.shape(p.node)) if p.coords else np.int64(0)
+        return Number(np.asarray(0), np.asarray(1), np.asarray(base + flat))
 
     # ---- rules that need more than elementwise arithmetic
 
@@ -249,19 +274,18 @@ class Evaluate:
         return Number(start + step * p.coords[0])
 
     def fill(self, node: fx.Node, p: Points) -> Value:
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        name = _operator(node)
         if name in ("full", "full_like", "new_full", "scalar_tensor"):
             value = node.args[0] if name == "scalar_tensor" else argument(node, 2 if name == "new_full" else 1, "fill_value")
             value = value if isinstance(value, (bool, float)) else self.sizes.number(value)
         else:
             value = int("ones" in name)
-        values = np.full(p.index.shape, value)
-        return truth(values.astype(bool)) if node.meta["val"].dtype == torch.bool else Number(values)
+        return Flag(np.asarray(bool(value))) if node.meta["val"].dtype == torch.bool else Number(np.asarray(value))
 
     def arithmetic(self, node: fx.Node, p: Points) -> Value:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             raise Unknown(f"`{node.target}` with alpha")
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        name = _operator(node)
         a, b = _number(self._operand(node, 0, "self", p)), _number(self._operand(node, 1, "other", p))
         if name in ("add", "sub", "rsub"):
             return _add(a, b) if name == "add" else _add(a, b, -1) if name == "sub" else _add(b, a, -1)
@@ -271,36 +295,36 @@ class Evaluate:
 
     def negate(self, node: fx.Node, p: Points) -> Value:
         value = self._operand(node, 0, "self", p)
-        if node.target is aten.neg.default:
+        if _operator(node) == "neg":
             return _scale(_number(value), np.int64(-1))
         return complement(_as_truth(value))
 
     def where(self, node: fx.Node, p: Points) -> Value:
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        name = _operator(node)
         if name == "masked_fill":
             cond = _as_truth(self._operand(node, 1, "mask", p))
             yes, no = self._operand(node, 2, "value", p), self._operand(node, 0, "self", p)
         else:
             cond = _as_truth(self._operand(node, 0, "condition", p))
             yes, no = self._operand(node, 1, "self", p), self._operand(node, 2, "other", p)
-        if isinstance(yes, Truth) or isinstance(no, Truth):
+        if isinstance(yes, (Truth, Flag)) or isinstance(no, (Truth, Flag)):
             yes, no = _as_truth(yes), _as_truth(no)
             return _or(_and(cond, yes), _and(complement(cond), no))
         yes, no = _number(yes), _number(no)
         if yes.coef is not None or no.coef is not None:
             raise Unknown("a choice between unknown numbers")
-        if cond.constant.all():
-            return Number(np.where(cond.always, yes.const, no.const))
+        if isinstance(cond, Flag):
+            return Number(np.where(cond.value, yes.const, no.const))
         return Pick(cond, yes.const, no.const)
 
     def triangle(self, node: fx.Node, p: Points) -> Value:
-        value = self.at(node.args[0], p.coords, len(p.index), self.memory.position[node])
+        value = self._read(node.args[0], p.coords, p, node)
         diagonal = self.sizes.number(argument(node, 1, "diagonal", 0))
-        below = node.target is aten.tril.default
+        below = _operator(node) == "tril"
         reach = p.coords[-1] - p.coords[-2]
         keep = reach <= diagonal if below else reach >= diagonal
-        if isinstance(value, Truth):
-            return _and(value, truth(keep))
+        if isinstance(value, (Truth, Flag)):
+            return _and(value, Flag(keep))
         number = _number(value)
         if number.coef is not None:
             raise Unknown("a triangle of unknowns")
@@ -311,14 +335,13 @@ class Evaluate:
         rank = len(self.sizes.shape(source))
         if len(indices) != rank or any(i is None for i in indices):
             raise Unknown("indexing of some dimensions")
-        time = self.memory.position[node]
         coords = []
         for index, size in zip(indices, self.sizes.shape(source), strict=True):
-            number = self.at(index, broadcast(p.coords, self.sizes.shape(index)), len(p.index), time)
+            number = self._read(index, p.coords, p, node)
             if not isinstance(number, Number) or number.coef is not None:
                 raise Unknown("an index that only the device knows")
             coords.append(number.const % size)
-        return self.at(source, tuple(coords), len(p.index), time)
+        return self.at(source, tuple(coords), p.index.shape, self.memory.position[node])
 
     def diff(self, node: fx.Node, p: Points) -> Value:
         source = node.args[0]
@@ -326,18 +349,15 @@ class Evaluate:
         if order != 1 or argument(node, 4, "append") is not None:
             raise Unknown("a difference of higher order")
         dim = int(argument(node, 2, "dim", -1)) % len(p.coords)  # type: ignore[call-overload]
-        time, count = self.memory.position[node], len(p.index)
         before = self.sizes.shape(prepend)[dim] if prepend is not None else 0
 
         def read(position: Array) -> Number:
-            coords = p.coords[:dim] + (position - before,) + p.coords[dim + 1 :]
             inside = position >= before
-            value = _number(self.at(source, coords[:dim] + (np.maximum(position - before, 0),) + coords[dim + 1 :], count, time))
+            value = _number(self._read(source, _moved(p.coords, dim, np.maximum(position - before, 0)), p, node))
             if inside.all():
                 return value
-            first = coords[:dim] + (np.minimum(position, before - 1),) + coords[dim + 1 :]
-            other = _number(self.at(prepend, first, count, time))  # type: ignore[arg-type]
-            return _select_number(inside, value, other)
+            first = _moved(p.coords, dim, np.minimum(position, before - 1))
+            return _choose(inside, value, _number(self._read(prepend, first, p, node)))  # type: ignore[arg-type]
 
         return _add(read(p.coords[dim] + 1), read(p.coords[dim]), -1)
 
@@ -345,14 +365,26 @@ class Evaluate:
         source, shape = node.args[0], self.sizes.shape(node)
         if int(np.prod(shape, dtype=np.int64)) > DENSE_LIMIT:
             raise Unknown("a running sum over a large tensor")
-        key = (node, 0)
-        if key not in self._dense:
-            number = _number(self.whole(source, self.memory.position[node]))
+        if node not in self._dense:
+            axes = np.indices(shape, sparse=True)
+            number = _number(self.at(source, tuple(axes), shape, self.memory.position[node]))
             if number.coef is not None:
                 raise Unknown("a running sum of unknowns")
             dim = int(node.args[1]) % max(len(shape), 1)
-            self._dense[key] = Number(number.const.reshape(shape).cumsum(dim).reshape(-1))
-        return Number(self._dense[key].const[ravel(p.coords, shape)])  # type: ignore[union-attr]
+            self._dense[node] = np.broadcast_to(number.const, shape).cumsum(dim)
+        return Number(self._dense[node][p.coords])
+
+
+def _moved(coords: Coords, dim: int, value: Array) -> Coords:
+    return coords[:dim] + (value,) + coords[dim + 1 :]
+
+
+def _operator(node: fx.Node) -> str:
+    """Name of an ATen operator without namespace, overload and in-place underscore."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[1] if schema is not None else str(node.target)
+    name = name if name.startswith("__") else name.rstrip("_")
+    return ALIASES.get(name, name)
 
 
 def _through_casts(value: Value, p: Points) -> Value:
@@ -367,37 +399,39 @@ def _through_casts(value: Value, p: Points) -> Value:
     return value
 
 
-def _select_number(inside: Array, a: Number, b: Number) -> Number:
-    zero = np.zeros(inside.shape, np.int64)
+def _choose(inside: Array, a: Number, b: Number) -> Number:
+    const = np.where(inside, a.const, b.const)
     if a.coef is None and b.coef is None:
-        return Number(np.where(inside, a.const, b.const))
-    return Number(
-        np.where(inside, a.const, b.const),
-        np.where(inside, zero if a.coef is None else a.coef, zero if b.coef is None else b.coef),
-        np.where(inside, NO_ID if a.ident is None else a.ident, NO_ID if b.ident is None else b.ident),
-    )
-
-
-def _gather(value: Value, order: Array) -> Value:
-    if isinstance(value, Pick):
-        return Pick(_gather(value.cond, order), value.yes[order], value.no[order])  # type: ignore[arg-type]
-    if isinstance(value, Truth):
-        return Truth(value.low[order], value.high[order], value.ident[order])
-    coef = None if value.coef is None else value.coef[order]
-    return Number(value.const[order], coef, None if value.ident is None else value.ident[order])
-
-
-def _concatenate(values: list[Value]) -> Value:
-    if all(isinstance(v, Truth) for v in values):
-        return Truth(*(np.concatenate([getattr(v, f) for v in values]) for f in ("low", "high", "ident")))
-    numbers = [_number(v) for v in values]
-    const = np.concatenate([n.const for n in numbers])
-    if all(n.coef is None for n in numbers):
         return Number(const)
-    zeros = [np.zeros(n.const.shape, np.int64) for n in numbers]
-    coef = np.concatenate([z if n.coef is None else n.coef for n, z in zip(numbers, zeros, strict=True)])
-    ident = np.concatenate([z + NO_ID if n.ident is None else n.ident for n, z in zip(numbers, zeros, strict=True)])
-    return Number(const, coef, ident)
+    coefs = [np.asarray(0) if n.coef is None else n.coef for n in (a, b)]
+    idents = [np.asarray(NO_ID) if n.ident is None else n.ident for n in (a, b)]
+    return Number(const, np.where(inside, *coefs), np.where(inside, *idents))
+
+
+def _map(value: Value, change: Callable[[Array], Array]) -> Value:
+    """A value with each of its arrays changed."""
+    changes = {}
+    for field in fields(value):
+        one = getattr(value, field.name)
+        changes[field.name] = one if one is None else _map(one, change) if is_dataclass(one) else change(one)
+    return replace(value, **changes)
+
+
+def _concatenate(values: list[Value], lengths: list[int]) -> Value:
+    """Values of consecutive runs of elements as one."""
+    if all(isinstance(v, (Truth, Flag)) for v in values):
+        values = [interval(v) for v in values]  # type: ignore[arg-type]
+        names = ("low", "high", "ident")
+    else:
+        values = [_number(v) for v in values]
+        if any(v.coef is not None for v in values):
+            zero, none = np.asarray(0), np.asarray(NO_ID)
+            values = [Number(v.const, zero, none) if v.coef is None else v for v in values]
+            names = ("const", "coef", "ident")
+        else:
+            names = ("const",)
+    full = [[np.broadcast_to(getattr(v, n), (k,)) for v, k in zip(values, lengths, strict=True)] for n in names]
+    return type(values[0])(*(np.concatenate(parts) for parts in full))  # type: ignore[return-value]
 
 
 RULES: dict[str, Callable[[Evaluate, fx.Node, Points], Value]] = {

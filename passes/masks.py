@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from dscompile.passes.facts import HIGH, LOW, Evaluate, Number, Pick, Truth, Unknown, Value, complement, truth
+from dscompile.passes.facts import HIGH, LOW, Evaluate, Flag, Number, Pick, Truth, Unknown, Value, complement
 from dscompile.passes.prove import Array
 from dscompile.passes.refusals import Refusal, SlidingWindow
 
@@ -84,29 +84,30 @@ def _plane(
     """Kind of one [S, T] plane of the mask."""
     shape = dict(zip(labels, evaluate.sizes.shape(node), strict=True))
     rows, cols = shape.get("s", 1), shape.get("t", 1)
-    flat = np.arange(rows * cols)
-    at = {"s": flat // cols, "t": flat % cols, **{c: np.full(rows * cols, x) for c, x in fixed.items()}}
-    seen = _visible(evaluate.at(node, tuple(at[c] for c in labels), rows * cols, time), inverted)
-    low, high, ident = (np.broadcast_to(x.reshape(rows, cols), plane) for x in (seen.low, seen.high, seen.ident))
-    if seen.constant.all():
-        return _constant_kind((low <= LOW) & (high >= HIGH), *plane)
-    if plane[0] == 1 and _is_prefix(low[0], high[0], ident[0]):
+    at = {"s": np.arange(rows)[:, None], "t": np.arange(cols)[None, :]}
+    at |= {c: np.full((1, 1), x) for c, x in fixed.items()}
+    seen = _visible(evaluate.at(node, tuple(at[c] for c in labels), (rows, cols), time), inverted)
+    if isinstance(seen, Truth) and seen.constant.all():
+        seen = Flag(seen.always)
+    if isinstance(seen, Flag):
+        return _constant_kind(np.broadcast_to(seen.value, plane), *plane)
+    low, high, ident = (np.broadcast_to(x, plane)[0] for x in (seen.low, seen.high, seen.ident))
+    if plane[0] == 1 and _is_prefix(low, high, ident):
         return "length"
     raise Unknown("it depends on a length or position that only the device knows")
 
 
-def _visible(value: Value, inverted: bool) -> Truth:
+def _visible(value: Value, inverted: bool) -> Truth | Flag:
     """Which elements let the key be seen."""
     if isinstance(value, Pick):
-        yes, no = truth(_shown(value.yes)), truth(_shown(value.no))
-        if (yes.always & no.never).all():
+        if _shown(value.yes).all() and not _shown(value.no).any():
             return value.cond
         raise Unknown("an additive mask with several levels")
-    if isinstance(value, Truth):
+    if isinstance(value, (Truth, Flag)):
         return complement(value) if inverted else value
     if isinstance(value, Number) and value.coef is None:
         shown = _shown(value.const)
-        return truth(~shown if inverted else shown)
+        return Flag(~shown if inverted else shown)
     raise Unknown("an additive mask that depends on an input")
 
 

@@ -37,8 +37,13 @@ class Points:
     time: int
     casts: frozenset[torch.dtype] = frozenset()
 
+    def spread(self) -> Points:
+        """With every coordinate as long as ``index`` (rules may leave them shorter, to be broadcast)."""
+        return replace(self, coords=tuple(np.broadcast_to(c, self.index.shape) for c in self.coords))
+
     def take(self, keep: Array) -> Points:
-        return replace(self, coords=tuple(c[keep] for c in self.coords), index=self.index[keep])
+        spread = self.spread()
+        return replace(spread, coords=tuple(c[keep] for c in spread.coords), index=self.index[keep])
 
 
 def ravel(coords: Coords, shape: tuple[int, ...]) -> Array:
@@ -75,8 +80,14 @@ def _dim(node: fx.Node, position: int, name: str, rank: int, default: int = 0) -
 
 def _reshape(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
     source = node.args[0]
-    flat = ravel(c, sizes.shape(node)) if c else np.zeros(1, np.int64)
-    yield source, unravel(flat, sizes.shape(source)), None
+    before, after = sizes.shape(source), sizes.shape(node)
+    kept = [x for x, size in zip(c, after, strict=True) if size != 1]
+    if [n for n in before if n != 1] == [n for n in after if n != 1]:  # only dimensions of size 1 come or go
+        rest = iter(kept)
+        yield source, tuple(np.zeros(1, np.int64) if size == 1 else next(rest) for size in before), None
+        return
+    flat = ravel(c, after) if c else np.zeros(1, np.int64)
+    yield source, unravel(flat, before), None
 
 
 def _same(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
@@ -240,6 +251,17 @@ MOVES: dict[object, Callable[[fx.Node, Coords, Sizes], Iterator[Step]]] = {
 }
 
 
+def splits(points: Points, memory: Memory) -> bool:
+    """True if one step from these points may lead to several sources."""
+    return points.node.target in (aten.cat.default, aten.concat.default, aten.stack.default) or filled(points, memory)
+
+
+def filled(points: Points, memory: Memory) -> bool:
+    """True if the points lie in a fresh buffer that was written before they are read."""
+    fresh = points.node.target in FRESH
+    return fresh and any(w.position < points.time for w in memory.writes.get(points.node, ()))
+
+
 class Pull:
     """Walks elements of one graph back, under one size assignment."""
 
@@ -259,7 +281,7 @@ class Pull:
             points = todo.pop()
             steps = self.step(points)
             if steps is None:
-                done.append(points)
+                done.append(points.spread())
             else:
                 todo.extend(steps)
         return done
@@ -268,7 +290,7 @@ class Pull:
         """The nodes that hold *all* points on the way back, nearest first, up to where the walk splits or ends."""
         points: Points | None = start
         while points is not None:
-            yield points
+            yield points.spread()
             steps = self.step(points)
             points = steps[0] if steps is not None and len(steps) == 1 else None
 
@@ -276,27 +298,33 @@ class Pull:
         """One data movement back; None if the node computes its elements (or is an input)."""
         node, coords = points.node, points.coords
         self.seen.add(node)
-        if node in self.memory.writes and node.target in FRESH:
+        if filled(points, self.memory):
             return self._fills(points)
         move = MOVES.get(node.target) if node.op == "call_function" else None
         if move is None:
             source = aliased_argument(node)
-            if source is None or not any(w.node is node for w in self.memory.writes.get(self.memory.root(node), ())):
-                return None
-            return [replace(points, node=source)]  # the result of an in-place operator is its argument
+            if source is not None and any(w.node is node for w in self.memory.writes.get(self.memory.root(node), ())):
+                return [replace(points, node=source)]  # the result of an in-place operator is its argument
+            self._check_intact(points)
+            return None
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             self.seen.add(node.args[0])
         time = self._read_time(points)
         out = []
         for source, moved, keep in move(node, coords, self.sizes):
-            moved = tuple(np.broadcast_to(c, points.index.shape) for c in moved)
             kept = points if keep is None else points.take(keep)
-            moved = moved if keep is None else tuple(c[keep] for c in moved)
+            moved = moved if keep is None else tuple(np.broadcast_to(c, points.index.shape)[keep] for c in moved)
             casts = points.casts
             if source.meta["val"].dtype != node.meta["val"].dtype:
                 casts = casts | {source.meta["val"].dtype, node.meta["val"].dtype}
             out.append(replace(kept, node=source, coords=moved, time=time, casts=casts))
         return out or None
+
+    def _check_intact(self, points: Points) -> None:
+        """Refuses a computed value that is overwritten in place before it is read (an input has versions instead)."""
+        node, memory = points.node, self.memory
+        if node.op not in ("placeholder", "get_attr") and not memory.unchanged(node, memory.position[node], points.time):
+            raise MutatedOperand(f"`{node.name}` is changed in place before it is read", node)
 
     def _read_time(self, points: Points) -> int:
         """When the node's source is read: with the reader if the node is a view, at the node itself if it copies."""
@@ -307,14 +335,14 @@ class Pull:
             raise MutatedOperand(f"`{node.name}` may or may not be a copy of a tensor that is overwritten later", node)
         return points.time
 
-    def _fills(self, points: Points) -> list[Points] | None:
+    def _fills(self, points: Points) -> list[Points]:
         """Elements of a fresh buffer -> elements of what was copied into it last before the read."""
-        left, out = points, []
+        left, out = points.spread(), []
         for write in reversed(self.memory.writes[points.node]):
             if write.position >= points.time or not len(left.index):
                 continue
             if write.node.target is not aten.copy_.default:
-                return None
+                raise MutatedOperand(f"`{points.node.name}` is filled by `{write.node.target}`", write.node)
             coords, hit = self._invert(write.view, points.node, left.coords)
             if not hit.any():
                 continue
@@ -327,7 +355,9 @@ class Pull:
                 casts = casts | {source.meta["val"].dtype, points.node.meta["val"].dtype}
             out.append(replace(inside, node=source, coords=moved, time=write.position, casts=casts))
             left = left.take(~hit)
-        return None if len(left.index) else out
+        if len(left.index):
+            raise MutatedOperand(f"a part of `{points.node.name}` is read that nothing was copied into", points.node)
+        return out
 
     def _invert(self, view: fx.Node, root: fx.Node, coords: Coords) -> tuple[Coords, Array]:
         """Coordinates of ``root`` -> coordinates of a chain of slices and selects of it, and which of them it covers."""

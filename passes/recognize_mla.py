@@ -14,7 +14,8 @@ up-projection, different latents, rope keys that differ between heads, values ov
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -30,9 +31,10 @@ from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.refusals import Refusal, SizesDisagree, Unsupported
 from dscompile.passes.shadow import Owner, Shadow
-from dscompile.passes.structure import Prover, Structure
+from dscompile.passes.structure import Prover, Slot, Structure
 
 NAME = "recognize_mla"
+T = TypeVar("T")
 
 
 @dataclass
@@ -79,8 +81,8 @@ class Recognizer:
 
     def _agree(self, prove):
         found = [prove(sizes) for sizes in self.sizes]
-        if any(f != found[0] for f in found):
-            raise SizesDisagree("the structure differs between two assignments of the symbolic sizes")
+        for other in found[1:]:
+            found[0] = _common(found[0], other)
         return found[0]
 
     def _structure(self, attention: Attention) -> tuple[Structure, str]:
@@ -105,7 +107,7 @@ class Recognizer:
         prover = Prover(self.memory, self.sizes[-1])
         first = 0 if structure.rope_first else structure.nope
         (term,) = attention.terms
-        time = self.memory.position[attention.out]
+        time = self.memory.position[term.node]
         at = {"b": 0, "h": 0, "s": 0, "t": 0}
         names = []
         for operand in (term.left, term.right):
@@ -139,10 +141,23 @@ class Recognizer:
         return self._masks[key]
 
 
+def _common(a: T, b: T) -> T:
+    """What two proofs share: places to read a value that hold at both size assignments; all else must be equal."""
+    changes = {}
+    for f in fields(a):  # type: ignore[arg-type]
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if x != y and isinstance(x, tuple) and all(isinstance(s, Slot) for s in (*x, *y)):
+            x = tuple(s for s in x if s in y)
+            changes[f.name] = x
+        if x != y and f.name not in changes or x == () and y != ():
+            raise SizesDisagree(f"`{f.name}` differs between two assignments of the symbolic sizes")
+    return replace(a, **changes)  # type: ignore[type-var]
+
+
 def _roots(old: Attention, new: Attention) -> list[tuple[fx.Node, fx.Node]]:
     pairs = [(old.value.node, new.value.node), (old.out, new.out)]
     for a, b in zip(old.terms, new.terms, strict=True):
-        pairs += [(a.left.node, b.left.node), (a.right.node, b.right.node)]
+        pairs += [(a.left.node, b.left.node), (a.right.node, b.right.node), (a.node, b.node)]
     return pairs
 
 
@@ -151,7 +166,7 @@ def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
     record = PassRecord(NAME)
     recognizer = Recognizer(shadow)
     by_owner: dict[Owner, list[Match | Site]] = defaultdict(list)
-    for anchor, found in anchors.find(shadow.graph):
+    for anchor, found in anchors.find(shadow.graph, recognizer.memory):
         try:
             if isinstance(found, Refusal):
                 raise found

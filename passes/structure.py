@@ -40,12 +40,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Slot:
-    """How to read a value off a node: a label for each dimension ('1' = drop it), ``offset`` into the last label's
-    dimension, ``time`` when the model reads it, and ``dtype`` that the model casts it to before use."""
+    """How to read a value off a node: a label for each dimension ('1' = drop it), ``cuts`` (label, start) where the
+    value is a part of that dimension, ``time`` when the model reads it, ``dtype`` that it casts it to before use."""
 
     node: fx.Node
     labels: str
-    offset: int
+    cuts: tuple[tuple[str, int], ...]
     time: int
     dtype: torch.dtype
 
@@ -83,6 +83,7 @@ class Structure:
     value: int
     rank: int
     rope_first: bool
+    keys: tuple[fx.Node, int]  # a node and the dimension that is T long
     q_nope: tuple[Slot, ...]
     q_rope: tuple[Slot, ...]
     latent: tuple[Slot, ...]
@@ -124,20 +125,22 @@ class Prover:
     def __init__(self, memory: Memory, sizes: Sizes):
         self.memory, self.sizes = memory, sizes
         self.pull = Pull(memory, sizes)
+        self._lengths: dict[str, int] = {}  # of the dimensions b, h, s, t of the attention at hand
 
     def prove(self, attention: Attention) -> Structure:
         """The structure of an attention with one score term; raises a Refusal."""
         (term,) = attention.terms
         shape = self.sizes.shape
+        self.lengths(attention)
         batch, heads, keys, width = (attention.size(c, shape) for c in "bhtd")
         queries, value_width = attention.size("s", shape), attention.size("v", shape)
         for operand in (term.right, attention.value):
             own = shape(operand.node)[operand.labels.index("h")] if "h" in operand.labels else 1
             if own != heads:
                 raise GroupedHeads(f"{own} key heads for {heads} query heads", operand.node)
-        time = self.memory.position[attention.out]
+        time = self.memory.position[term.node]
         spots = _spots(batch, keys)
-        value = self._rows(attention.value, spots, heads, "v", value_width, time)
+        value = self._rows(attention.value, spots, heads, "v", value_width, self.memory.position[attention.out])
         latent = self._latent(value, spots, heads, value_width, attention.value.node)
         w_uv = self._weight(value, heads, value_width, attention.value.node)
         nope, rope_first = self._split_key(term.right, latent, spots, heads, width, time)
@@ -164,6 +167,7 @@ class Prover:
             value=value_width,
             rank=rank,
             rope_first=rope_first,
+            keys=(term.right.node, term.right.labels.index("t")),
             q_nope=self.slots(self._grid(term.left, q_spots, "s", heads, nope, first, time), "bhsd", dtype),
             q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd", dtype) if rope else (),
             latent=self.slots(*latent, value.dtype),
@@ -176,6 +180,10 @@ class Prover:
 
     def _rank(self, row: _Row) -> int:
         return self.sizes.shape(row.latent.node)[row.latent_axis]
+
+    def lengths(self, attention: Attention) -> None:
+        """Notes the lengths of the attention's dimensions: a slot may cut a longer dimension down to them."""
+        self._lengths = {c: attention.size(c, self.sizes.shape) for c in "bhst"}
 
     # ---- points
 
@@ -366,6 +374,7 @@ class Prover:
         ``dtype`` is the one the value is used in; a node behind more than one cast is no place to read it.
         """
         points, wanted = grid
+        self._extent = {**self._lengths, "d": int(wanted["d"].max()) + 1}
         found: list[Slot] = []
         own = points.node.meta["val"].dtype
         for step in self.pull.trail(points if own == dtype else replace(points, casts=frozenset({own, dtype}))):
@@ -374,40 +383,42 @@ class Prover:
             slot = self._slot(step, wanted, labels, dtype)
             if slot is not None:
                 found.append(slot)
-        found.reverse()
         if not found:
             raise Unsupported(f"no tensor holds the value `{labels}` whole", points.node)
-        return tuple(sorted(found, key=lambda s: s.offset != 0 or not self._whole(s, wanted)))
-
-    def _whole(self, slot: Slot, wanted: dict[str, Array]) -> bool:
-        axis = slot.labels.find("d")
-        return axis < 0 or self.sizes.shape(slot.node)[axis] == int(wanted["d"].max()) + 1
+        return tuple(sorted(reversed(found), key=lambda slot: len(slot.cuts)))
 
     def _slot(self, step: Points, wanted: dict[str, Array], labels: str, dtype: torch.dtype) -> Slot | None:
-        shape = self.sizes.shape(step.node)
+        """How to read the value off the node of ``step``, or None if a dimension is not one of the value's."""
         order = np.argsort(step.index)
-        names, offset, used = "", 0, set()
-        for size, c in zip(shape, (c[order] for c in step.coords), strict=True):
-            if size == 1:
-                names += "1"
-                continue
-            hit = next((k for k in labels if k not in used and len(c) == len(wanted[k]) and (c == wanted[k]).all()), None)
-            if hit is None and "d" not in used and len({*(c - wanted["d"])}) == 1 and c[0] >= wanted["d"][0]:
-                hit, offset = "d", int(c[0] - wanted["d"][0])
-            if hit is None:
+        names, cuts = "", []
+        for size, c in zip(self.sizes.shape(step.node), (c[order] for c in step.coords), strict=True):
+            label, start = self._label(c, size, wanted, labels, names) if size != 1 else ("1", 0)
+            if label is None:
                 return None
-            used.add(hit)
-            names += hit
-        missing = [k for k in labels if k not in used and wanted[k].any()]
-        return None if missing else Slot(step.node, names, offset, step.time, dtype)
+            names += label
+            if label != "1" and size != self._extent[label]:
+                cuts.append((label, start))
+        missing = [k for k in labels if k not in names and wanted[k].any()]
+        if missing or any(label not in "dt" for label, _ in cuts):
+            return None
+        return Slot(step.node, names, tuple(cuts), step.time, dtype)
+
+    def _label(
+        self, c: Array, size: int, wanted: dict[str, Array], labels: str, used: str
+    ) -> tuple[str | None, int]:
+        """(label, start) of a dimension whose coordinates are one of the value's, moved by a constant."""
+        for label in labels:
+            start = int(c[0] - wanted[label][0])
+            fits = 0 <= start <= size - self._extent[label]
+            if label not in used and fits and (c - wanted[label] == start).all():
+                return label, start
+        return None, 0
 
     def _pages(self, grid: tuple[Points, dict[str, Array]], labels: str) -> Pages | None:
         """The value as ``pool[table]`` with 64-token pages, if that is where the trail ends."""
         points, wanted = grid
-        last = None
-        for last in self.pull.trail(points):
-            pass
-        if last is None or last.node.target is not aten.index.Tensor:
+        *_, last = self.pull.trail(points)
+        if last.node.target is not aten.index.Tensor:
             return None
         pool, indices = last.node.args
         if len(indices) != 1 or len(self.sizes.shape(indices[0])) != 2 or len(last.coords) < 4:

@@ -61,7 +61,9 @@ def test_demo_yields_eagers_tokens() -> None:
     done = run("-m", "dscompile.cli", "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens: all 64 equal eager's" in done.stdout
-    assert done.stdout.count("2 x mla lowered") == 2, "prefill and decoding"
+    prefill, decoding = done.stdout.split("graph 0")[1].split("graph 1")
+    assert "model.layers.0.self_attn" in prefill and "model.layers.1.self_attn" in prefill, "lowered, or refused aloud"
+    assert "2 x mla lowered" in decoding and "absorbed" in decoding
 
 
 def generated(tokens: list[int], *logits: list[float]) -> SimpleNamespace:

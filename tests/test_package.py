@@ -108,8 +108,8 @@ def test_editable_install_finds_the_checkout(copy: Path, tmp_path: Path) -> None
         "print([iu.find_spec(name) for name in ('passes', 'kernels', 'runtime', 'lowering')])"
     )
     # -S: the checkout that these tests run from may itself be installed in this environment, and would be found first.
-    elsewhere = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
-    file, entries, bare = python("-S", "-c", code, path=elsewhere, cwd=tmp_path).splitlines()
+    folders = [str(site), *(p for p in sys.path if p.endswith("-packages"))]
+    file, entries, bare = python("-S", "-c", code, path=os.pathsep.join(folders), cwd=tmp_path).splitlines()
     assert Path(file).is_relative_to(copy)
     assert "dscompile._entry:dsinfra" in entries
     assert bare == "[None, None, None, None]", "an editable install must not make the bare names importable"

@@ -33,7 +33,19 @@ def test_core_cases(version: str) -> None:
     if not folder:
         pytest.skip(f"tier: transformers {version} in the directory {variable}")
     cases = [f"{ROOT}/tests/models/test_zoo.py::test_case[{case.name}]" for case in select("core")]
-    command = [sys.executable, "-c", _RUN, version, "-q", "--show-capture=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *cases]
+    command = [
+        sys.executable,
+        "-c",
+        _RUN,
+        version,
+        "-q",
+        "--show-capture=no",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+        *cases,
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -38,10 +38,25 @@ def documents():
     return (segment[q] == segment[k]) & (k <= q)
 
 
+def filled_in_place():
+    mask = torch.zeros(S, T)
+    mask.masked_fill_(~causal(), float("-inf"))  # the result is not used: the tensor is
+    return mask
+
+
+def bounded_in_place():
+    mask = causal()
+    mask[1:3, 2:4] = False
+    return mask
+
+
 CONSTANT = {
     "compare": (causal, S, T, "causal"),
     "tril": (lambda: torch.ones(T, T, dtype=torch.bool).tril(), T, T, "causal"),
     "triu_inf": (lambda: torch.full((T, T), float("-inf")).triu(1), T, T, "causal"),
+    "triu_in_place": (lambda: torch.full((T, T), float("-inf")).triu_(1), T, T, "causal"),
+    "filled_in_place": (filled_in_place, S, T, "causal"),
+    "bounded_in_place": (bounded_in_place, S, T, "operand"),
     "where": (lambda: torch.where(causal(), 0.0, torch.finfo(torch.float32).min), S, T, "causal"),
     "masked_fill": (lambda: torch.zeros(S, T).masked_fill(~causal(), float("-inf")), S, T, "causal"),
     "numbers": (lambda: (1.0 - causal().float()) * torch.finfo(torch.float32).min, S, T, "causal"),
