@@ -62,9 +62,7 @@ def dsinfra(
 dsinfra.reset = inductor.reset  # type: ignore[attr-defined]
 
 
-def _analyse(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport
-) -> None:
+def _analyse(gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport) -> None:
     """Runs the passes and fills the report."""
     try:
         outcome = pipeline.run(gm, inputs, strict=config.strict, observe=dump.observe)
@@ -79,7 +77,8 @@ def _analyse(
         first = refused[0]
         raise StrictRefusal(
             f"{len(refused)} of {len(report.sites)} attentions can't be lowered. First: {first.module_path or '(top)'} "
-            f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ") + "."
+            f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ")
+            + "."
         )
 
 

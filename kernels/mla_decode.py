@@ -20,7 +20,7 @@ from dscompile.kernels import launch
 from dscompile.kernels.mla_decode_launch import launch_combine, launch_gluon, launch_triton, tile_rows
 
 PAGE = 64  # keys of a page
-MAX_SPLITS = 32
+MAX_SPLITS = 128
 PARTIAL_COST = 4  # a part's 64 x 512 float32 results, written and read once, are the traffic of 3.5 pages
 LOG2_E = math.log2(math.e)
 

@@ -73,8 +73,9 @@ def launch_combine(o_part: torch.Tensor, lse_part: torch.Tensor, o: torch.Tensor
 
     requests, splits, rows, width = o_part.shape
     padded = 1 << (splits - 1).bit_length()
-    start(combine_splits_kernel, (requests * rows, ), o_part, lse_part, o, lse, rows, splits, C=width, SPLITS=padded,
-          num_warps=4 if splits <= 8 else 8)
+    columns = width if splits <= 8 else min(width, 128)  # many parts come with few rows, and registers hold them all
+    start(combine_splits_kernel, (requests * rows, width // columns), o_part, lse_part, o, lse, rows, splits, C=width,
+          SPLITS=padded, COLUMNS=columns, num_warps=4 if splits <= 32 else 8)
 
 
 def _table_arguments(page_table: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:

@@ -96,20 +96,21 @@ def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_pt
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def combine_splits_kernel(o_part_ptr, lse_part_ptr, o_ptr, lse_ptr, rows, splits, C: tl.constexpr,
-                          SPLITS: tl.constexpr):
+                          SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     """Join the splits of one query row: o = sum_i w_i o_i / sum_i w_i, lse = ln sum_i w_i, with w_i = exp(lse_i).
 
     o_part [B, splits, rows, C] float32, lse_part [B, splits, rows] float32 -> o [B, rows, C] in its own dtype,
-    lse [B, rows] float32, all contiguous. One program a query row; SPLITS is the power of two at or above `splits`.
+    lse [B, rows] float32, all contiguous. One program a query row and COLUMNS columns, so that a single request still
+    fills the chip; SPLITS is the power of two at or above `splits`.
     A row that no split has seen gives o = 0 and lse = -inf.
     """
     request = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     i = tl.arange(0, SPLITS)
-    c = tl.arange(0, C)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part_row = (request * splits + i) * rows + row
     lse = tl.load(lse_part_ptr + part_row, mask=i < splits, other=-float("inf"))  # [SPLITS]
-    o = tl.load(o_part_ptr + part_row[:, None] * C + c[None, :], mask=(i < splits)[:, None], other=0.0)  # [SPLITS, C]
+    o = tl.load(o_part_ptr + part_row[:, None] * C + c[None, :], mask=(i < splits)[:, None], other=0.0)
     top = tl.max(lse, 0)
     base = tl.where(top == -float("inf"), 0.0, top)
     w = tl.exp(lse - base)
@@ -118,4 +119,5 @@ def combine_splits_kernel(o_part_ptr, lse_part_ptr, o_ptr, lse_ptr, rows, splits
     divisor = tl.where(seen, total, 1.0)
     out_row = request * rows + row
     tl.store(o_ptr + out_row * C + c, (tl.sum(o * w[:, None], 0) / divisor).to(o_ptr.dtype.element_ty))
-    tl.store(lse_ptr + out_row, tl.where(seen, base + tl.log(divisor), -float("inf")))
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + out_row, tl.where(seen, base + tl.log(divisor), -float("inf")))

@@ -51,11 +51,15 @@ def run(
     impl: str, q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
     page_table: Tensor | None, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't."""
+    """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't.
+
+    Its entry's checks are left out: the operator has checked shapes, dtypes and devices, and `supports` (which the
+    table asks before every run) columns, scale and the kernel's own limits. They cost as much as the launch.
+    """
     from dscompile.kernels import mla_decode as kernels
 
     page_table = None if page_table is None else page_table.contiguous()
-    return kernels.mla_decode(
+    return kernels.mla_decode_unchecked(
         q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, impl=impl)
 
 

@@ -6,7 +6,7 @@ B*T*H*(N + R + V).
 
 Layouts: k [B,T,H,N+R] and v [B,T,H,V] are contiguous. The up-projections are batched GEMMs over heads that write
 straight into that pitch (cuBLAS takes any row pitch for its output), so no copy of k or v follows; the rope part is one
-broadcast copy.
+broadcast copy. The query's two parts are taken in place where they lie side by side, as the absorption pass leaves them.
 
 Implementations registered here: `cudnn` and `efficient`, for the operators `mla` and `mla_backward`.
 """
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dscompile.lowering import torch_attention
+from dscompile.lowering.cudnn_trial import cudnn_trial
+from dscompile.lowering.layouts import copy_rows, in_bshd, join_columns
 from dscompile.lowering.select import YES, Decision, is_real, no, size, table
 
 
@@ -30,9 +32,12 @@ class Backend:
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    # (S, T, causal) -> why the backward doesn't take what the forward takes, or an empty string.
+    backward_refusal: Callable[[int, int, bool], str] = lambda S, T, causal: ""
 
 
-CUDNN = Backend(torch_attention.cudnn_forward, torch_attention.cudnn_backward)
+CUDNN = Backend(
+    torch_attention.cudnn_forward, torch_attention.cudnn_backward, torch_attention.cudnn_backward_refusal)
 EFFICIENT = Backend(torch_attention.efficient_forward, torch_attention.efficient_backward)
 
 
@@ -49,13 +54,8 @@ def expand(latent_BTC: Tensor, k_rope_BTR: Tensor, w_uk_HNC: Tensor, w_uv_HVC: T
     rows_HMC = latent_BTC.reshape(B * T, C).expand(H, B * T, C)
     torch.bmm(rows_HMC, w_uk_HNC.transpose(1, 2), out=k_BTHD.view(B * T, H, N + R)[..., :N].transpose(0, 1))
     torch.bmm(rows_HMC, w_uv_HVC.transpose(1, 2), out=v_BTHV.view(B * T, H, V).transpose(0, 1))
-    k_BTHD[..., N:].copy_(k_rope_BTR.unsqueeze(2))
+    copy_rows(k_BTHD[..., N:], k_rope_BTR.unsqueeze(2))
     return k_BTHD.transpose(1, 2), v_BTHV.transpose(1, 2)
-
-
-def join_query(q_nope_BHSN: Tensor, q_rope_BHSR: Tensor) -> Tensor:
-    """-> [B,H,S,N+R], the transpose of a contiguous [B,S,H,N+R]."""
-    return torch.cat([q_nope_BHSN.transpose(1, 2), q_rope_BHSR.transpose(1, 2)], -1).transpose(1, 2)
 
 
 def forward(
@@ -64,7 +64,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`dsinfra::mla` through one backend."""
     k, v = expand(latent, k_rope, w_uk, w_uv)
-    return backend.forward(join_query(q_nope, q_rope), k, v, mask, scale, causal)
+    return backend.forward(join_columns(q_nope, q_rope), k, v, mask, scale, causal)
 
 
 def backward(
@@ -73,9 +73,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`dsinfra::mla_backward` through one backend."""
     k, v = expand(latent, k_rope, w_uk, w_uv)
-    q = join_query(q_nope, q_rope)
+    q = join_columns(q_nope, q_rope)
     dq, dk, dv = backend.backward(grad_o, q, k, v, mask, o, lse, scale, causal)
-    return (torch_attention.in_bshd(dq), *project_back(dk, dv, latent, w_uk, w_uv))
+    return (in_bshd(dq), *project_back(dk, dv, latent, w_uk, w_uv))
 
 
 def project_back(
@@ -109,13 +109,13 @@ def supports_cudnn(
     q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
     scale: float, causal: bool,
 ) -> Decision:
-    """No mask operand, 16-bit, widths that cuDNN has kernels for; a trial run settles the rest where there is data."""
-    if mask is not None:
-        return no("cuDNN attention is used without a mask operand; prove the mask causal or absent to use it")
+    """16-bit, widths that cuDNN has kernels for, any mask of its dtype; a trial run settles the rest where there is
+    data."""
     B, H, S, T, D, V = _sizes(q_nope, q_rope, latent, w_uv)
     refusal = torch_attention.cudnn_refusal(q_nope.device, q_nope.dtype, B, H, S, T, D, V, causal)
+    refusal = refusal or torch_attention.cudnn_mask_refusal(mask, q_nope.dtype)
     if not refusal and is_real(q_nope):
-        refusal = torch_attention.cudnn_probe(q_nope.device.index, q_nope.dtype, D, V)
+        refusal = cudnn_trial(q_nope.device.index, q_nope.dtype, D, V, None if mask is None else mask.dtype)
     return no(refusal) if refusal else YES
 
 
@@ -135,11 +135,14 @@ def _sizes(q_nope: Tensor, q_rope: Tensor, latent: Tensor, w_uv: Tensor) -> tupl
 
 
 def _supports_backward(
-    supports: Callable[..., Decision], grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor,
+    backend: Backend, supports: Callable[..., Decision], grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor,
     w_uk: Tensor, w_uv: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
 ) -> Decision:
     if torch.are_deterministic_algorithms_enabled():
         return no("its backward adds in no fixed order, and torch.use_deterministic_algorithms is on")
+    refusal = backend.backward_refusal(size(q_nope.shape[2]), size(latent.shape[1]), causal)
+    if refusal:
+        return no(refusal)
     return supports(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal)
 
 
@@ -148,4 +151,4 @@ def register() -> None:
     for name, backend, supports in (("cudnn", CUDNN, supports_cudnn), ("efficient", EFFICIENT, supports_efficient)):
         table("mla").register(name, supports, functools.partial(forward, backend))
         table("mla_backward").register(
-            name, functools.partial(_supports_backward, supports), functools.partial(backward, backend))
+            name, functools.partial(_supports_backward, backend, supports), functools.partial(backward, backend))

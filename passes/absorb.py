@@ -45,6 +45,8 @@ def run(bound: list[Bindings]) -> PassRecord:
             if better:
                 _absorb(site, lengths)
                 site.site.decision = f"mla_decode: {why}"
+            else:
+                _join_query(site)
         except Refusal as refusal:
             site.site.decision = f"mla: expanded, {refusal.found}"
     return record
@@ -89,6 +91,7 @@ def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node
     try:
         table = None
         if site.pages is not None:
+            assert isinstance(site.structure, Structure)
             latent, k_rope, table = _paged(e, site.pages, site.structure)
         key = mask if isinstance(mask, fx.Node) else latent
         if mask is not None and key in lengths:
@@ -114,6 +117,24 @@ def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node
     site.module.graph.erase_node(site.node)  # ours, pure, and without readers now
     site.node, site.out = node, o
     site.module.graph.lint()
+    site.module.recompile()
+
+
+def _join_query(site: Bindings) -> None:
+    """Gives the expanded form both query parts as slices of one tensor [B, S, H, N + R].
+
+    Attention kernels want one query. Joined in the graph, the copy is part of the kernel that rotates the query;
+    joined inside the operator it would be a kernel of its own.
+    """
+    q_nope, q_rope, *rest = site.node.args
+    nope, rope = (x.meta["example_value"].shape[-1] for x in (q_nope, q_rope))
+    if rope == 0:
+        return
+    e = Emitter(site.node)
+    parts = [e.call(aten.transpose.int, x, 1, 2) for x in (q_nope, q_rope)]
+    whole = e.call(aten.transpose.int, e.call(aten.cat.default, parts, -1), 1, 2)
+    slices = (e.call(aten.slice.Tensor, whole, -1, first, last) for first, last in ((0, nope), (nope, nope + rope)))
+    site.node.args = (*slices, *rest)
     site.module.recompile()
 
 

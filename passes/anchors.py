@@ -1,9 +1,9 @@
 """Attention, however it is written: the one node that can't be missing is a softmax over keys.
 
-:func:`find` yields each attention of a shadow graph as an :class:`Attention`: one or more bilinear score terms, a scale,
-a mask, the values and the output, all with *labelled* dimensions (b, h, s, t, d), so that the provers never ask whether
-it was written with ``scaled_dot_product_attention``, ``matmul`` or ``einsum``. Two score terms are DeepSeek's absorbed
-form. A softmax that feeds no second product is no attention (a router) and is skipped.
+:func:`find` yields each attention of a shadow graph as an :class:`Attention`: one or more bilinear score terms, a
+scale, a mask, the values and the output, all with *labelled* dimensions (b, h, s, t, d), so that the provers never ask
+whether it was written with ``scaled_dot_product_attention``, ``matmul`` or ``einsum``. Two score terms are DeepSeek's
+absorbed form. A softmax that feeds no second product is no attention (a router) and is skipped.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class _Reader:
 
 
 def _rename(labels: str, scores: str) -> str:
-    """Labels of the second product (digits: dimensions of the probabilities, v: the value's own) in the scores' letters."""
+    """The second product's labels (digits: dimensions of the probabilities, v: the value's own) in the scores'."""
     return "".join(scores[int(c)] if c.isdigit() else c for c in labels)
 
 

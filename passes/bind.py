@@ -19,7 +19,14 @@ from dscompile.passes.emit import Emitter, window
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import Site
-from dscompile.passes.refusals import MutatedOperand, NarrowedPrecision, Refusal, RowsDisagree, UnboundValue, Unsupported
+from dscompile.passes.refusals import (
+    MutatedOperand,
+    NarrowedPrecision,
+    Refusal,
+    RowsDisagree,
+    UnboundValue,
+    Unsupported,
+)
 from dscompile.passes.shadow import Owner, Shadow
 from dscompile.passes.structure import Pages, Rows, Slot, Structure
 
@@ -184,9 +191,7 @@ class Binder:
             torch.ops.dsinfra.mla.default, q_nope, q_rope, latent, k_rope, *weights, mask, match.attention.scale, causal
         )
         pages = (plan["latent_pages"], plan["rope_pages"]) if {"latent_pages", "rope_pages"} <= plan.keys() else None
-        return Bindings(
-            match.site, owner.module, node, e.item(node, 0), match.mask, mask, s, pages, self.training
-        )
+        return Bindings(match.site, owner.module, node, e.item(node, 0), match.mask, mask, s, pages, self.training)
 
     def _weight(self, e: Emitter, read: Read, heads: int, dtype: torch.dtype) -> fx.Node:
         rows = read.slot
@@ -243,9 +248,7 @@ class Binder:
         return out
 
 
-def decode_mask(
-    e: Emitter, mask: Mask, node: fx.Node | None, latent: fx.Node
-) -> tuple[fx.Node | None, fx.Node]:
+def decode_mask(e: Emitter, mask: Mask, node: fx.Node | None, latent: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """(mask operand or None, seqlens [B] int32) of ``mla_decode`` for a mask [B, H, S, T].
 
     A proved length is the number of visible keys of the one query row. For any other mask the length is only an upper

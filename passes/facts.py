@@ -17,7 +17,7 @@ raises :class:`Unknown`, and the mask stays an operand. Data movement is the tab
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -37,11 +37,18 @@ class Unknown(Exception):
     """An element with no exact form; the message says which operator."""
 
 
+ZERO, NONE, MINUS = np.asarray(0), np.asarray(NO_ID), np.asarray(-1)
+
+
 @dataclass
 class Number:
     const: Array  # int64 or float64; arrays broadcast
-    coef: Array | None = None  # int64; None: no unknown
-    ident: Array | None = None
+    coef: Array = field(default_factory=lambda: ZERO)
+    ident: Array = field(default_factory=lambda: NONE)
+
+    @property
+    def known(self) -> bool:
+        return not self.coef.any()
 
 
 @dataclass
@@ -92,7 +99,7 @@ def _constant_bool(value: Value) -> Array:
         if not value.constant.all():
             raise Unknown("a number made of a comparison with an unknown")
         return value.always
-    if isinstance(value, Number) and value.coef is None:
+    if isinstance(value, Number) and value.known:
         return value.const != 0
     raise Unknown("truth of a number with an unknown")
 
@@ -104,29 +111,26 @@ def _number(value: Value) -> Number:
 
 
 def _add(a: Number, b: Number, sign: int = 1) -> Number:
-    const = a.const + sign * b.const
-    if b.coef is None:
-        return Number(const, a.coef, a.ident)
-    if a.coef is None:
-        return Number(const, sign * b.coef, b.ident)
     if ((a.ident != b.ident) & (a.coef != 0) & (b.coef != 0)).any():
         raise Unknown("a sum of two different unknowns")
     coef = a.coef + sign * b.coef
-    return Number(const, coef, np.where(a.coef != 0, a.ident, b.ident)) if (coef != 0).any() else Number(const)
+    const = a.const + sign * b.const
+    return Number(const, coef, np.where(a.coef != 0, a.ident, b.ident)) if coef.any() else Number(const)
 
 
 def _scale(a: Number, factor: Array) -> Number:
-    return Number(a.const * factor, None if a.coef is None else a.coef * factor, a.ident)
+    return Number(a.const * factor, a.coef * factor, a.ident)
 
 
 def _at_least(d: Number) -> Truth | Flag:
     """d >= 0."""
-    if d.coef is None:
+    if d.known:
         return Flag(d.const >= 0)
     if not np.isin(d.coef, (-1, 0, 1)).all():
         raise Unknown("a comparison with a multiple of an unknown")
-    low = np.where(d.coef == 1, -d.const, np.where((d.coef == 0) & (d.const < 0), 0, LOW))
-    high = np.where(d.coef == -1, d.const + 1, np.where((d.coef == 0) & (d.const < 0), 0, HIGH))
+    false = (d.coef == 0) & (d.const < 0)
+    low = np.where(d.coef == 1, -d.const, np.where(false, 0, LOW))
+    high = np.where(d.coef == -1, d.const + 1, np.where(false, 0, HIGH))
     return Truth(low, high, np.where(d.coef == 0, NO_ID, d.ident))
 
 
@@ -161,19 +165,19 @@ def _as_truth(value: Value) -> Truth | Flag:
 
 
 def _equal(d: Number) -> Truth | Flag:
-    return Flag(d.const == 0) if d.coef is None else _and(_at_least(d), _at_least(_scale(d, np.int64(-1))))
+    return Flag(d.const == 0) if d.known else _and(_at_least(d), _at_least(_scale(d, MINUS)))
 
 
 def _strict(d: Number) -> Truth | Flag:
     """d > 0, for integers d - 1 >= 0."""
-    return Flag(d.const > 0) if d.coef is None else _at_least(Number(d.const - 1, d.coef, d.ident))
+    return Flag(d.const > 0) if d.known else _at_least(Number(d.const - 1, d.coef, d.ident))
 
 
 COMPARE: dict[str, Callable[[Number], Truth | Flag]] = {  # of d = right - left
     "le": _at_least,
     "lt": _strict,
-    "ge": lambda d: _at_least(_scale(d, np.int64(-1))),
-    "gt": lambda d: _strict(_scale(d, np.int64(-1))),
+    "ge": lambda d: _at_least(_scale(d, MINUS)),
+    "gt": lambda d: _strict(_scale(d, MINUS)),
     "eq": _equal,
     "ne": lambda d: complement(_equal(d)),
 }
@@ -243,6 +247,8 @@ class Evaluate:
         node = p.node
         if node.op in ("placeholder", "get_attr"):
             return self._input(p)
+        if not self.memory.unchanged(node, self.memory.position[node] + 1, p.time):
+            raise Unknown(f"`{node.name}` is changed in place")
         name = _operator(node)
         if name in COMPARE:
             left, right = _number(self._operand(node, 0, "self", p)), _number(self._operand(node, 1, "other", p))
@@ -276,7 +282,11 @@ class Evaluate:
     def fill(self, node: fx.Node, p: Points) -> Value:
         name = _operator(node)
         if name in ("full", "full_like", "new_full", "scalar_tensor"):
-            value = node.args[0] if name == "scalar_tensor" else argument(node, 2 if name == "new_full" else 1, "fill_value")
+            value = (
+                node.args[0]
+                if name == "scalar_tensor"
+                else argument(node, 2 if name == "new_full" else 1, "fill_value")
+            )
             value = value if isinstance(value, (bool, float)) else self.sizes.number(value)
         else:
             value = int("ones" in name)
@@ -289,14 +299,14 @@ class Evaluate:
         a, b = _number(self._operand(node, 0, "self", p)), _number(self._operand(node, 1, "other", p))
         if name in ("add", "sub", "rsub"):
             return _add(a, b) if name == "add" else _add(a, b, -1) if name == "sub" else _add(b, a, -1)
-        if a.coef is not None and b.coef is not None:
+        if not a.known and not b.known:
             raise Unknown("a product of two unknowns")
-        return _scale(a, b.const) if b.coef is None else _scale(b, a.const)
+        return _scale(a, b.const) if b.known else _scale(b, a.const)
 
     def negate(self, node: fx.Node, p: Points) -> Value:
         value = self._operand(node, 0, "self", p)
         if _operator(node) == "neg":
-            return _scale(_number(value), np.int64(-1))
+            return _scale(_number(value), MINUS)
         return complement(_as_truth(value))
 
     def where(self, node: fx.Node, p: Points) -> Value:
@@ -311,7 +321,7 @@ class Evaluate:
             yes, no = _as_truth(yes), _as_truth(no)
             return _or(_and(cond, yes), _and(complement(cond), no))
         yes, no = _number(yes), _number(no)
-        if yes.coef is not None or no.coef is not None:
+        if not (yes.known and no.known):
             raise Unknown("a choice between unknown numbers")
         if isinstance(cond, Flag):
             return Number(np.where(cond.value, yes.const, no.const))
@@ -326,7 +336,7 @@ class Evaluate:
         if isinstance(value, (Truth, Flag)):
             return _and(value, Flag(keep))
         number = _number(value)
-        if number.coef is not None:
+        if not number.known:
             raise Unknown("a triangle of unknowns")
         return Number(np.where(keep, number.const, 0))
 
@@ -338,7 +348,7 @@ class Evaluate:
         coords = []
         for index, size in zip(indices, self.sizes.shape(source), strict=True):
             number = self._read(index, p.coords, p, node)
-            if not isinstance(number, Number) or number.coef is not None:
+            if not isinstance(number, Number) or not number.known:
                 raise Unknown("an index that only the device knows")
             coords.append(number.const % size)
         return self.at(source, tuple(coords), p.index.shape, self.memory.position[node])
@@ -368,7 +378,7 @@ class Evaluate:
         if node not in self._dense:
             axes = np.indices(shape, sparse=True)
             number = _number(self.at(source, tuple(axes), shape, self.memory.position[node]))
-            if number.coef is not None:
+            if not number.known:
                 raise Unknown("a running sum of unknowns")
             dim = int(node.args[1]) % max(len(shape), 1)
             self._dense[node] = np.broadcast_to(number.const, shape).cumsum(dim)
@@ -400,38 +410,26 @@ def _through_casts(value: Value, p: Points) -> Value:
 
 
 def _choose(inside: Array, a: Number, b: Number) -> Number:
-    const = np.where(inside, a.const, b.const)
-    if a.coef is None and b.coef is None:
-        return Number(const)
-    coefs = [np.asarray(0) if n.coef is None else n.coef for n in (a, b)]
-    idents = [np.asarray(NO_ID) if n.ident is None else n.ident for n in (a, b)]
-    return Number(const, np.where(inside, *coefs), np.where(inside, *idents))
+    """Elements of ``a`` where ``inside``, of ``b`` elsewhere."""
+    return Number(*(np.where(inside, getattr(a, f), getattr(b, f)) for f in ("const", "coef", "ident")))
 
 
 def _map(value: Value, change: Callable[[Array], Array]) -> Value:
     """A value with each of its arrays changed."""
-    changes = {}
-    for field in fields(value):
-        one = getattr(value, field.name)
-        changes[field.name] = one if one is None else _map(one, change) if is_dataclass(one) else change(one)
-    return replace(value, **changes)
+    if isinstance(value, Pick):
+        return Pick(_map(value.cond, change), change(value.yes), change(value.no))  # type: ignore[arg-type]
+    return type(value)(*(change(getattr(value, f.name)) for f in fields(value)))
 
 
 def _concatenate(values: list[Value], lengths: list[int]) -> Value:
     """Values of consecutive runs of elements as one."""
-    if all(isinstance(v, (Truth, Flag)) for v in values):
-        values = [interval(v) for v in values]  # type: ignore[arg-type]
-        names = ("low", "high", "ident")
-    else:
-        values = [_number(v) for v in values]
-        if any(v.coef is not None for v in values):
-            zero, none = np.asarray(0), np.asarray(NO_ID)
-            values = [Number(v.const, zero, none) if v.coef is None else v for v in values]
-            names = ("const", "coef", "ident")
-        else:
-            names = ("const",)
-    full = [[np.broadcast_to(getattr(v, n), (k,)) for v, k in zip(values, lengths, strict=True)] for n in names]
-    return type(values[0])(*(np.concatenate(parts) for parts in full))  # type: ignore[return-value]
+    truths = [interval(v) for v in values if isinstance(v, (Truth, Flag))]
+    parts: list[Truth] | list[Number] = truths if len(truths) == len(values) else [_number(v) for v in values]
+    full = [
+        [np.broadcast_to(getattr(v, f.name), (k,)) for v, k in zip(parts, lengths, strict=True)]
+        for f in fields(parts[0])
+    ]
+    return type(parts[0])(*(np.concatenate(runs) for runs in full))
 
 
 RULES: dict[str, Callable[[Evaluate, fx.Node, Points], Value]] = {

@@ -28,7 +28,7 @@ HIDDEN = -1.0e4  # an additive mask at or below this hides the key in float16 an
 
 @dataclass(frozen=True)
 class Mask:
-    """``kind`` as above; ``node`` is the mask itself where it has to be kept or counted; ``why`` says why it is kept."""
+    """``kind`` as above; ``node`` is the mask where it has to be kept or counted; ``why`` says why it is kept."""
 
     kind: str
     node: fx.Node | None = None
@@ -105,7 +105,7 @@ def _visible(value: Value, inverted: bool) -> Truth | Flag:
         raise Unknown("an additive mask with several levels")
     if isinstance(value, (Truth, Flag)):
         return complement(value) if inverted else value
-    if isinstance(value, Number) and value.coef is None:
+    if isinstance(value, Number) and value.known:
         shown = _shown(value.const)
         return Flag(~shown if inverted else shown)
     raise Unknown("an additive mask that depends on an input")

@@ -323,7 +323,9 @@ class Pull:
     def _check_intact(self, points: Points) -> None:
         """Refuses a computed value that is overwritten in place before it is read (an input has versions instead)."""
         node, memory = points.node, self.memory
-        if node.op not in ("placeholder", "get_attr") and not memory.unchanged(node, memory.position[node], points.time):
+        if node.op not in ("placeholder", "get_attr") and not memory.unchanged(
+            node, memory.position[node], points.time
+        ):
             raise MutatedOperand(f"`{node.name}` is changed in place before it is read", node)
 
     def _read_time(self, points: Points) -> int:
@@ -335,14 +337,14 @@ class Pull:
             raise MutatedOperand(f"`{node.name}` may or may not be a copy of a tensor that is overwritten later", node)
         return points.time
 
-    def _fills(self, points: Points) -> list[Points]:
+    def _fills(self, points: Points) -> list[Points] | None:
         """Elements of a fresh buffer -> elements of what was copied into it last before the read."""
         left, out = points.spread(), []
         for write in reversed(self.memory.writes[points.node]):
             if write.position >= points.time or not len(left.index):
                 continue
             if write.node.target is not aten.copy_.default:
-                raise MutatedOperand(f"`{points.node.name}` is filled by `{write.node.target}`", write.node)
+                return None  # a tensor of its own, like an input: its versions tell its values apart
             coords, hit = self._invert(write.view, points.node, left.coords)
             if not hit.any():
                 continue
@@ -360,7 +362,7 @@ class Pull:
         return out
 
     def _invert(self, view: fx.Node, root: fx.Node, coords: Coords) -> tuple[Coords, Array]:
-        """Coordinates of ``root`` -> coordinates of a chain of slices and selects of it, and which of them it covers."""
+        """Coordinates of ``root`` -> those of a chain of slices and selects of it, and which of them it covers."""
         chain = []
         while view is not root:
             chain.append(view)

@@ -7,8 +7,8 @@ The identity is the one that ``structure.py`` proves; the operator computes the 
 the same dtypes, accumulated in float32; a mask is dropped only if ``masks.py`` proved what it is. DeepSeek's reference
 form, where the query is already absorbed and scores are two products, becomes ``dsinfra::mla_decode`` directly.
 
-Refuses, with the failing fact: dropout, returned weights, sinks, softcaps, sliding windows, grouped heads, a bias in the
-up-projection, different latents, rope keys that differ between heads, values overwritten in between.
+Refuses, with the failing fact: dropout, returned weights, sinks, softcaps, sliding windows, grouped heads, a bias in
+the up-projection, different latents, rope keys that differ between heads, values overwritten in between.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ class Recognizer:
         at = {"b": 0, "h": 0, "s": 0, "t": 0}
         names = []
         for operand in (term.left, term.right):
-            coords = [
-                tuple({**at, "d": first + i}[c] for c in operand.labels) for i in range(structure.rope)
-            ]
+            coords = [tuple({**at, "d": first + i}[c] for c in operand.labels) for i in range(structure.rope)]
             names.append(rope.kind(prover.pull, operand.node, coords, time))
         query, key = names
         # A cached key was rotated before it was stored: its columns are bare elements of the cache.

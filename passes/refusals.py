@@ -73,7 +73,10 @@ class GroupedHeads(Refusal):
 class NoUpProjection(Refusal):
     """Keys or values are not an up-projection of a latent."""
 
-    hint = "keys and values must be linear in one latent; a cache of expanded heads hides it (transformers >= 5.15 caches the latent)"
+    hint = (
+        "keys and values must be linear in one latent; a cache of expanded heads hides it "
+        "(transformers >= 5.15 caches the latent)"
+    )
 
 
 class UpProjectionBias(Refusal):

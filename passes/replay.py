@@ -1,8 +1,8 @@
 """A proof found for one layer, replayed on the next: graph isomorphism instead of a second proof.
 
 A proof looks at a set of nodes (every node that a coordinate was pulled through). If the next attention's cone has the
-same operators, arguments, shapes, dtypes, strides and order of writes over that set, the same proof holds with its nodes
-renamed. :func:`correspond` finds that renaming or returns None, and then the layer is proved from scratch.
+same operators, arguments, shapes, dtypes, strides and order of writes over that set, the same proof holds with its
+nodes renamed. :func:`correspond` finds that renaming or returns None, and then the layer is proved from scratch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from dscompile.passes.memory import Memory
 T = TypeVar("T")
 
 
-def correspond(memory: Memory, seen: set[fx.Node], pairs: list[tuple[fx.Node, fx.Node]]) -> dict[fx.Node, fx.Node] | None:
+def correspond(
+    memory: Memory, seen: set[fx.Node], pairs: list[tuple[fx.Node, fx.Node]]
+) -> dict[fx.Node, fx.Node] | None:
     """Renaming of the proof's nodes, given (old, new) roots, or None if the cones differ."""
     renamed: dict[fx.Node, fx.Node] = {}
     taken: dict[fx.Node, fx.Node] = {}

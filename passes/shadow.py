@@ -21,7 +21,6 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-
 # Higher-order operators whose body runs exactly once, with the arguments that follow it.
 INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph"}
 
@@ -36,7 +35,7 @@ class Owner:
 
 @dataclass
 class Shadow:
-    """``graph`` is the ATen twin; ``owners[node]`` lists the Dynamo nodes that hold the same value, in program order."""
+    """``graph`` is the ATen twin; ``owners[node]``: the Dynamo nodes that hold the same value, in program order."""
 
     module: fx.GraphModule
     owners: dict[fx.Node, list[Owner]]

@@ -169,7 +169,9 @@ class Prover:
             rope_first=rope_first,
             keys=(term.right.node, term.right.labels.index("t")),
             q_nope=self.slots(self._grid(term.left, q_spots, "s", heads, nope, first, time), "bhsd", dtype),
-            q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd", dtype) if rope else (),
+            q_rope=self.slots(self._grid(term.left, q_spots, "s", heads, rope, rest, time), "bhsd", dtype)
+            if rope
+            else (),
             latent=self.slots(*latent, value.dtype),
             k_rope=self.slots(*k_rope, dtype) if rope else (),
             w_uk=w_uk,
@@ -197,7 +199,9 @@ class Prover:
         self, operand: Operand, spots: Array, position: str, heads: int, width: int, first: int, time: int
     ) -> tuple[Points, dict[str, Array]]:
         """All (spot, column, head) of an operand, heads fastest; ``first`` is the first column."""
-        spot, d, h = (x.reshape(-1) for x in np.meshgrid(np.arange(len(spots)), np.arange(width), np.arange(heads), indexing="ij"))
+        spot, d, h = (
+            x.reshape(-1) for x in np.meshgrid(np.arange(len(spots)), np.arange(width), np.arange(heads), indexing="ij")
+        )
         names = {"b": spots[spot, 0], position: spots[spot, 1], "h": h, "d": d + first}
         coords = labelled({**names, "v": names["d"]}, operand.labels)
         wanted = {"b": names["b"], position: names[position], "h": h, "d": d}
@@ -205,7 +209,9 @@ class Prover:
 
     # ---- the up-projection
 
-    def _rows(self, operand: Operand, spots: Array, heads: int, label: str, width: int, time: int, first: int = 0) -> _Row:
+    def _rows(
+        self, operand: Operand, spots: Array, heads: int, label: str, width: int, time: int, first: int = 0
+    ) -> _Row:
         """Every element of a block of columns as a contraction; refuses if one is something else."""
         points, _ = self._grid(operand, spots, "t", heads, width, first, time)
         ends = self.pull.walk(points)
@@ -230,7 +236,13 @@ class Prover:
         self.pull.seen.add(node)
         time, index = self.memory.position[node], np.arange(len(p.index))
         (latent, at, axis), (weight, at_weight, axis_weight) = sides
-        return _Row(node.meta["val"].dtype, Points(latent, at, index, time), axis, Points(weight, at_weight, index, time), axis_weight)
+        return _Row(
+            node.meta["val"].dtype,
+            Points(latent, at, index, time),
+            axis,
+            Points(weight, at_weight, index, time),
+            axis_weight,
+        )
 
     def _factors(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
         """[(latent, coordinates at k = 0, k's axis), (weight, ...)]."""
@@ -361,9 +373,13 @@ class Prover:
         for end in self.pull.walk(points):
             order = np.argsort(end.index)
             index = end.index[order]
-            whole = len(index) % heads == 0 and (index.reshape(-1, heads) // heads == index[::heads, None] // heads).all()
+            whole = (
+                len(index) % heads == 0 and (index.reshape(-1, heads) // heads == index[::heads, None] // heads).all()
+            )
             if not whole or any((c[order].reshape(-1, heads) != c[order][::heads, None]).any() for c in end.coords):
-                raise PerHeadRopeKey("the part of the key behind the up-projected columns differs between heads", end.node)
+                raise PerHeadRopeKey(
+                    "the part of the key behind the up-projected columns differs between heads", end.node
+                )
         return self._grid(key, spots, "t", 1, rope, first, time), "btd"
 
     # ---- where to read a value
@@ -382,10 +398,10 @@ class Prover:
                 break
             slot = self._slot(step, wanted, labels, dtype)
             if slot is not None:
-                found.append(slot)
+                found.insert(0, slot)
         if not found:
             raise Unsupported(f"no tensor holds the value `{labels}` whole", points.node)
-        return tuple(sorted(reversed(found), key=lambda slot: len(slot.cuts)))
+        return tuple(sorted(found, key=lambda slot: len(slot.cuts)))
 
     def _slot(self, step: Points, wanted: dict[str, Array], labels: str, dtype: torch.dtype) -> Slot | None:
         """How to read the value off the node of ``step``, or None if a dimension is not one of the value's."""
@@ -403,9 +419,7 @@ class Prover:
             return None
         return Slot(step.node, names, tuple(cuts), step.time, dtype)
 
-    def _label(
-        self, c: Array, size: int, wanted: dict[str, Array], labels: str, used: str
-    ) -> tuple[str | None, int]:
+    def _label(self, c: Array, size: int, wanted: dict[str, Array], labels: str, used: str) -> tuple[str | None, int]:
         """(label, start) of a dimension whose coordinates are one of the value's, moved by a constant."""
         for label in labels:
             start = int(c[0] - wanted[label][0])

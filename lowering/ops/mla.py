@@ -3,8 +3,8 @@
     scores = scale * (q_nope . (W_uk c) + q_rope . k_rope)        o = softmax(scores) (W_uv c)
 
 One form for prefill, training and decode over any cache; the rotary part comes already rotated. `mask` and `causal` are
-exclusive: a mask that is proved causal is passed as `causal`, because a kernel with a mask operand is several times
-slower. The gradient is an operator of its own, `dsinfra::mla_backward`, which builds keys and values again.
+exclusive: a mask that is proved causal is passed as `causal`, because a kernel with a mask operand skips nothing and is
+several times slower. The gradient is an operator of its own, `dsinfra::mla_backward`, which builds keys and values again.
 
 Refused: float8 and integer inputs (dequantise first), a gradient of a float mask, of `lse`, and of the gradient.
 """
@@ -149,8 +149,9 @@ def softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and log-sum-exp over the last dimension; a row of -inf alone gives zeros and -inf, not NaN."""
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -math.inf)
+    # Not exp(scores - lse): beside scores of finfo.min the log(n) in lse rounds away, and each of n keys would weigh 1.
     lse = torch.logsumexp(scores, -1)
-    return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)), lse
+    return torch.softmax(scores, -1).masked_fill((lse == -math.inf).unsqueeze(-1), 0.0), lse
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

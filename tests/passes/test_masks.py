@@ -116,10 +116,10 @@ def test_static_cache_length_with_positions_that_cancel():
     "name, mask",
     {
         "several_rows": lambda n: torch.arange(T)[None] <= torch.arange(S)[:, None] + n,
-        "suffix": lambda n: (torch.arange(T)[None] >= n),
+        "suffix": lambda n: torch.arange(T)[None] >= n,
         "two_lengths": lambda n: (torch.arange(T)[None] <= n) & (torch.arange(T)[None] <= n * 2),
-        "one_position": lambda n: (torch.arange(T)[None] == n),
-        "data": lambda n: (torch.arange(T)[None] + 0.5 <= n.float().sin()),
+        "one_position": lambda n: torch.arange(T)[None] == n,
+        "data": lambda n: torch.arange(T)[None] + 0.5 <= n.float().sin(),
     }.items(),
     ids=lambda v: v if isinstance(v, str) else "",
 )
