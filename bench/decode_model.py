@@ -26,9 +26,9 @@ class Plan:
     names: tuple[str, ...] = ("v3x3", "v2lite")
     batches: tuple[int, ...] = (1, 16)
     capacity: int = 8192
-    room: int = 64
-    warmup: int = 6
-    repeats: int = 40
+    room: int = 128
+    warmup: int = 24
+    repeats: int = 60
     checked: tuple[int, int, int] = (16, 1024, 1000)  # batch, capacity and length of the comparison with float32
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
