@@ -6,7 +6,7 @@ B*T*H*(N + R + V).
 
 Layouts: k [B,T,H,N+R] and v [B,T,H,V] are contiguous. The up-projections are batched GEMMs over heads that write
 straight into that pitch (cuBLAS takes any row pitch for its output), so no copy of k or v follows; the rope part is one
-broadcast copy. The query's two parts are taken in place where they lie side by side, as the absorption pass leaves them.
+broadcast copy. The query's two parts are taken in place where they lie side by side in memory.
 
 Implementations registered here: `cudnn` and `efficient`, for the operators `mla` and `mla_backward`.
 """
@@ -135,8 +135,8 @@ def _sizes(q_nope: Tensor, q_rope: Tensor, latent: Tensor, w_uv: Tensor) -> tupl
 
 
 def _supports_backward(
-    backend: Backend, supports: Callable[..., Decision], grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor,
-    w_uk: Tensor, w_uv: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
+    backend: Backend, supports: Callable[..., Decision], grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor,
+    k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
 ) -> Decision:
     if torch.are_deterministic_algorithms_enabled():
         return no("its backward adds in no fixed order, and torch.use_deterministic_algorithms is on")

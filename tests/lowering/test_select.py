@@ -103,10 +103,15 @@ def test_causal_prefill_takes_cudnn(hopper):
     assert choose_on_hopper(dtype=torch.float16, causal=False, S=3) == ("cudnn", {})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 256), (1, 1, 1, 256), (1, 2, 256, 256)], ids=["plane", "keys", "heads"])
+def test_masked_prefill_takes_cudnn(hopper, shape, dtype):
+    assert choose_on_hopper(mask=(shape, dtype), causal=False) == ("cudnn", {})
+
+
 @pytest.mark.parametrize(
     ("change", "chosen", "reason"),
     [
-        ({"mask": ((256, 256), torch.bool), "causal": False}, "efficient", "mask operand"),
         ({"dtype": torch.float32}, "efficient", "not torch.float32"),
         ({"T": 257}, "efficient", "single key"),
         ({"N": 192}, "efficient", "no kernel for widths 256/128"),
@@ -114,9 +119,9 @@ def test_causal_prefill_takes_cudnn(hopper):
         ({"S": 300}, "reference", "more queries than keys"),
         ({"T": 0}, "reference", "empty problem"),
         ({"dtype": torch.float64}, "reference", "not torch.float64"),
-        ({"mask": ((256, 256), torch.float32), "causal": False}, "reference", "mask operand"),
+        ({"mask": ((256, 256), torch.float32), "causal": False}, "reference", "mask operand of bool or torch.bfloat16"),
     ],
-    ids=["mask", "float32", "one-key-prefix", "wide", "unaligned", "short-cache", "empty", "float64", "wide-mask"],
+    ids=["float32", "one-key-prefix", "wide", "unaligned", "short-cache", "empty", "float64", "wide-mask"],
 )
 def test_what_cudnn_leaves_to_others(hopper, change, chosen, reason):
     name, skipped = choose_on_hopper(**change)
@@ -149,6 +154,20 @@ def test_deterministic_mode_takes_the_written_out_backward(hopper):
         hopper.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         implementation, skipped = select.choose("mla_backward", call)
     assert implementation.name == "reference" and "no fixed order" in dict(skipped)["cudnn"]
+
+
+@pytest.mark.parametrize(("S", "T", "masked", "reason"), [
+    (192, 192, False, ""), (192, 192, True, "192 keys"), (128, 320, False, "192 keys"), (64, 128, True, ""),
+    (1, 256, False, "single query"),
+], ids=["causal", "mask", "prefix", "full-tiles", "one-query"])
+def test_lengths_that_the_backward_of_cudnn_gets_wrong(hopper, S, T, masked, reason):
+    with FakeTensorMode():
+        mask = torch.empty(S, T, dtype=torch.bool, device="cuda") if masked else None
+        call = (*mla_args("cuda", S=S, T=T), mask, 1.0, not masked)
+        o, lse = torch.empty(1, 2, S, 128, device="cuda"), torch.empty(1, 2, S, device="cuda")
+        assert select.choose("mla", call)[0].name == "cudnn"
+        implementation, skipped = select.choose("mla_backward", (o, *call[:7], o, lse, 1.0, not masked))
+    assert implementation.name == ("efficient" if reason else "cudnn") and reason in dict(skipped).get("cudnn", "")
 
 
 def as_if_on_cuda(x):
@@ -219,3 +238,18 @@ def test_decode_leaves_to_the_reference_what_the_entry_refuses(kernels, position
     args[:4] = map(as_if_on_cuda, args[:4])
     implementation, skipped = select.choose("mla_decode", tuple(args))
     assert implementation.name == "reference" and all(reason in said for _, said in skipped) and not kernels
+
+
+def test_decode_runs_the_kernel_without_its_checks_on_contiguous_lengths_and_pages(kernels, monkeypatch):
+    from dscompile.kernels import mla_decode as module
+    from dscompile.lowering import decode
+
+    calls = []
+    monkeypatch.setattr(module, "mla_decode_unchecked", lambda *args, impl: calls.append((impl, args)) or "result")
+    args = decode_args()
+    args[4] = torch.arange(4, dtype=torch.int32)[::2]
+    args[6] = torch.arange(12, dtype=torch.int32).view(3, 4).T[:2]
+    assert decode.run("triton", *args) == "result"
+    (impl, passed), = calls
+    assert impl == "triton" and passed[4].is_contiguous() and passed[6].is_contiguous()
+    assert all(a is b or torch.equal(a, b) for a, b in zip(passed, args))

@@ -1,0 +1,584 @@
+"""Recognition on a toy of a few lines: what becomes `dsinfra::mla`, what is refused and why, and never another result.
+
+The zoo holds the written forms of whole modules; here one thing at a time is changed. Everything runs in float64, where
+a right rewrite agrees with eager to twelve digits and a wrong one can't hide in rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dscompile.backend import dsinfra
+from dscompile.passes import refusals
+from dscompile.report import CompileReport
+
+D, H, C, N, R, V = 24, 4, 12, 6, 4, 5
+S = 10
+
+
+class Toy(nn.Module):
+    """Multi-head latent attention; `attend` and `forward` are what the cases replace."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.q, self.a = nn.Linear(D, H * (N + R), False, dtype=dtype), nn.Linear(D, C + R, False, dtype=dtype)
+            self.b, self.o = nn.Linear(C, H * (N + V), False, dtype=dtype), nn.Linear(H * V, D, False, dtype=dtype)
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """-> q_nope_BHSN, q_rope_BHSR, latent_BSC, k_rope_B1SR."""
+        q_nope, q_rope = self.q(x).view(*x.shape[:2], H, N + R).transpose(1, 2).split([N, R], -1)
+        latent, k_rope = self.a(x).split([C, R], -1)
+        return q_nope, rotate(q_rope), latent, rotate(k_rope.unsqueeze(1))
+
+    def up(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """latent_BTC -> k_nope_BHTN, v_BHTV."""
+        return self.b(latent).view(*latent.shape[:2], H, N + V).transpose(1, 2).split([N, V], -1)
+
+    def finish(self, q_nope, q_rope, k_nope, k_rope, v, *rest):  # type: ignore[no-untyped-def]
+        k_rope = k_rope.expand(-1, H, -1, -1)
+        o = self.attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v, *rest)
+        return self.o(o.transpose(1, 2).flatten(2))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sdpa(q, k, v, is_causal=True)
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> Any:
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        return self.finish(q_nope, q_rope, *self.up(latent)[:1], k_rope, self.up(latent)[1], *rest)
+
+
+sdpa = F.scaled_dot_product_attention
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Pairs (i, i + R/2) of x_BHSR turned by position."""
+    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype)
+    first, second = x.chunk(2, -1)
+    return x * angle.cos().repeat(1, 2) + torch.cat([-second, first], -1) * angle.sin().repeat(1, 2)
+
+
+def toy(**methods: Callable) -> type[Toy]:
+    """A toy with some methods replaced."""
+    return type("Changed", (Toy,), methods)
+
+
+def stack(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Layers behind one another, with residuals."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(make() for make in layers)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    return Stack
+
+
+def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def compile_passes(module: Any, inner: str = "aot_eager", **settings: Any) -> tuple[Callable, list[CompileReport]]:
+    """`module` behind the backend, and the list that its reports go to."""
+    reports: list[CompileReport] = []
+    torch._dynamo.reset()
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        return dsinfra(gm, inputs, options={"inner": inner}, sink=reports.append)
+
+    return torch.compile(module, backend=backend, **settings), reports
+
+
+def observe(call: Callable, module: Any, inputs: tuple, train: bool) -> list[torch.Tensor]:
+    """Everything that a call may leave behind: results, inputs and buffers afterwards, gradients."""
+    inputs = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
+    leaves = [x.requires_grad_() for x in inputs if train and x.is_floating_point()]
+    with torch.set_grad_enabled(train):
+        output = call(*inputs)
+    outputs = list(output) if isinstance(output, tuple) else [output]
+    state = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if isinstance(module, nn.Module):
+        state += list(module.buffers())
+        leaves += list(module.parameters()) if train else []
+    seen = [x.detach().clone() for x in (*outputs, *state)]
+    if train:
+        sum(x.square().sum() for x in outputs).backward()  # type: ignore[union-attr]
+        seen += [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in leaves]
+    return seen
+
+
+def same_as_eager(
+    make: Callable[[], Any], *calls: tuple, train: bool = False, rtol: float = 1e-9, atol: float = 1e-11, **settings: Any
+) -> list[CompileReport]:
+    """Runs `make()` uncompiled and compiled on the same calls and compares everything; -> the reports."""
+    eager, ours = make(), make()
+    compiled, reports = compile_passes(ours, **settings)
+    for inputs in calls or ((randn(2, S, D),),):
+        expected, found = observe(eager, eager, inputs, train), observe(compiled, ours, inputs, train)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+    assert reports, "nothing was compiled"
+    assert not any(r.error for r in reports), [r.error for r in reports]
+    return reports
+
+
+def only_site(reports: list[CompileReport]) -> Any:
+    (site,) = [s for r in reports for s in r.sites]
+    return site
+
+
+# ------------------------------------------------------------------ matches
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_op_counts(count: int) -> None:
+    layers = [lambda i=i: Toy(i) for i in range(count)]
+    (report,) = same_as_eager(stack(lambda: nn.Linear(D, D, dtype=torch.float64), *layers))
+    assert report.op_counts == ({"mla": count} if count else {})
+    assert [s.matched for s in report.sites] == [True] * count
+
+
+def test_eager_form_leaves_no_softmax() -> None:
+    def attend(self, q, k, v):  # type: ignore[no-untyped-def]
+        mask = torch.full((S, S), -math.inf, dtype=q.dtype).triu(1)
+        return torch.softmax(q @ k.transpose(2, 3) * 0.3 + mask, -1) @ v
+
+    (report,) = same_as_eager(toy(attend=attend))
+    assert report.op_counts == {"mla": 1}
+    assert only_site([report]).mask == "causal"
+
+
+def test_training_gives_eagers_gradients() -> None:
+    (report,) = same_as_eager(stack(Toy, lambda: Toy(1)), train=True)
+    assert report.op_counts == {"mla": 2}
+
+
+def test_report_names_module_line_form_and_kernel() -> None:
+    (report,) = same_as_eager(stack(Toy, lambda: Toy(1)))
+    for i, site in enumerate(report.sites):
+        assert site.module_path == f"layers.{i}"
+        assert re.fullmatch(r"passes/test_recognize_mla\.py:\d+", site.source)
+        assert f"H {H}, N {N} + R {R}, V {V}, C {C}" in site.form and site.kernel == "reference"
+
+
+def test_a_router_beside_it_is_no_attention() -> None:
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return Toy.forward(self, x) * torch.softmax(x[..., :3], -1)[..., :1]
+
+    (report,) = same_as_eager(toy(forward=forward))
+    assert len(report.sites) == 1 and report.op_counts == {"mla": 1, "softmax": 1}
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_lengths_share_a_proof(dynamic: bool | None) -> None:
+    calls = [(randn(2, n, D, seed=n),) for n in (10, 17, 29, 23)]
+    reports = same_as_eager(Toy, *calls, dynamic=dynamic)
+    assert len(reports) == (1 if dynamic else 2)
+    assert all(r.op_counts == {"mla": 1} for r in reports)
+
+
+def cross(mask: Callable[[int, int], torch.Tensor | None]) -> type[Toy]:
+    """Queries of one sequence over the keys of another; `mask(S, T)`."""
+
+    def forward(self, x, y):  # type: ignore[no-untyped-def]
+        q_nope, q_rope, *_ = self.parts(x)
+        _, _, latent, k_rope = self.parts(y)
+        return self.finish(q_nope, q_rope, self.up(latent)[0], k_rope, self.up(latent)[1], mask(x.shape[1], y.shape[1]))
+
+    return toy(forward=forward, attend=lambda self, q, k, v, mask: sdpa(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    {
+        "full": (lambda S, T: None, "full"),
+        "causal": (lambda S, T: torch.ones(S, T, dtype=torch.bool).tril(T - S), "causal"),
+        "top_left": (lambda S, T: torch.ones(S, T, dtype=torch.bool).tril(), "operand"),
+    }.values(),
+    ids=["full", "causal", "top_left"],
+)
+def test_two_dynamic_lengths(mask: Callable, kind: str) -> None:
+    calls = [(randn(2, a, D), randn(2, b, D, seed=2)) for a, b in ((7, 9), (12, 31), (30, 41))]
+    (report,) = same_as_eager(cross(mask), *calls, dynamic=True)
+    assert only_site([report]).mask.startswith(kind)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def _scores(q, k):  # type: ignore[no-untyped-def]
+    return q @ k.transpose(2, 3) * 0.3
+
+
+def _fixed_keys(self, x, k_nope, v):  # type: ignore[no-untyped-def]
+    q_nope, q_rope, latent, k_rope = self.parts(x)
+    return self.finish(q_nope, q_rope, k_nope(self, latent, x), k_rope, v(self, latent, x))
+
+
+def _kv(self, x, change):  # type: ignore[no-untyped-def]
+    """Keys and values from `change(latent)` -> kv_BS(H (N + V))."""
+    q_nope, q_rope, latent, k_rope = self.parts(x)
+    kv = change(latent).view(*x.shape[:2], H, N + V).transpose(1, 2)
+    return self.finish(q_nope, q_rope, kv[..., :N], k_rope, kv[..., N:])
+
+
+def _per_head_rope(self, x):  # type: ignore[no-untyped-def]
+    q_nope, q_rope, latent, k_rope = self.parts(x)
+    per_head = k_rope * torch.arange(1.0, H + 1, dtype=x.dtype).view(1, H, 1, 1)
+    return self.finish(q_nope, q_rope, self.up(latent)[0], per_head, self.up(latent)[1])
+
+
+def _rope_in_the_middle(self, x):  # type: ignore[no-untyped-def]
+    q_nope, q_rope, latent, k_rope = self.parts(x)
+    k_nope, v = self.up(latent)
+    q = torch.cat([q_nope[..., :2], q_rope, q_nope[..., 2:]], -1)
+    k = torch.cat([k_nope[..., :2], k_rope.expand(-1, H, -1, -1), k_nope[..., 2:]], -1)
+    return sdpa(q, k, v)
+
+
+def _rows_by_column(self, x):  # type: ignore[no-untyped-def]
+    q_nope, q_rope, latent, k_rope = self.parts(x)
+    kv = self.b(latent).view(*x.shape[:2], N + V, H).permute(0, 3, 1, 2)
+    return self.finish(q_nope, q_rope, kv[..., :N], k_rope, kv[..., N:])
+
+
+def _wide_then_narrow(self, x):  # type: ignore[no-untyped-def]
+    q_nope, q_rope, latent, k_rope = (t.float() for t in self.parts(x))
+    kv = F.linear(latent.double(), self.b.weight).float().view(*x.shape[:2], H, N + V).transpose(1, 2)
+    k = torch.cat([kv[..., :N], k_rope.expand(-1, H, -1, -1)], -1)
+    return sdpa(torch.cat([q_nope, q_rope], -1), k, kv[..., N:]).double()
+
+
+def _dropped(q, k, v):  # type: ignore[no-untyped-def]
+    return sdpa(q, k, v, dropout_p=0.1)
+
+
+def _weights_by_length(self, x):  # type: ignore[no-untyped-def]
+    wide = torch.cat([self.b.weight] * 100)
+    return _kv(self, x, lambda latent: F.linear(latent, wide[x.shape[1] : x.shape[1] + H * (N + V)]))
+
+
+def _plane() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(S)[:, None], torch.arange(S)[None]
+
+
+# name of the class -> (change of the toy, words of the reason)
+REFUSALS: dict[str, tuple[dict[str, Callable], str]] = {
+    "NotBilinear": ({"attend": lambda s, q, k, v: torch.softmax(_scores(q, k).tanh(), -1) @ v}, "tanh"),
+    "SoftmaxSink": (
+        {"attend": lambda s, q, k, v: torch.softmax(F.pad(_scores(q, k), (0, 1)), -1)[..., :-1] @ v}, "columns"
+    ),
+    "ProbabilitiesUsed": (
+        {"attend": lambda s, q, k, v: (p := torch.softmax(_scores(q, k), -1)) @ v + p.sum()}, "2 readers"
+    ),
+    "AttentionDropout": ({"attend": lambda s, q, k, v: _dropped(q, k, v)}, "0.1"),
+    "SlidingWindow": (
+        {"attend": lambda s, q, k, v: sdpa(q, k, v, (d := _plane()[0] - _plane()[1]).ge(0) & d.lt(4))}, "4 keys"
+    ),
+    "GroupedHeads": ({"attend": lambda s, q, k, v: sdpa(q, k[:, :2], v[:, :2], enable_gqa=True)}, "2 key heads for 4"),
+    "NoUpProjection": (
+        {"forward": lambda s, x: _kv(s, x, lambda latent: F.silu(s.b(latent)))}, "silu`, not an up-projection"
+    ),
+    "UpProjectionBias": (
+        {"forward": lambda s, x: _kv(s, x, lambda latent: F.linear(latent, s.b.weight, s.b.weight[:, 0]))}, "bias"
+    ),
+    "DifferentLatents": (
+        {"forward": lambda s, x: _fixed_keys(s, x, lambda s, c, x: s.up(c)[0], lambda s, c, x: s.up(c * 2)[1])}, "latent"
+    ),
+    "RowsDisagree": ({"forward": _rows_by_column}, "offset + head * stride"),
+    "PerHeadRopeKey": ({"forward": _per_head_rope}, "differs between heads"),
+    "KeyLayout": ({"forward": _rope_in_the_middle}, "interleaved"),
+    "UnboundValue": (
+        {"attend": lambda s, *qkv: checkpoint(lambda *t: sdpa(*t, is_causal=True), *qkv, use_reentrant=False)},
+        "no tensor in the graph",
+    ),
+    "MutatedOperand": (
+        {"attend": lambda s, q, k, v: torch.softmax((x := _scores(q, k), x[..., 3].zero_())[0], -1) @ v}, "in place"
+    ),
+    "NarrowedPrecision": ({"forward": _wide_then_narrow}, "float64, the attention computes in torch.float32"),
+    "Unsupported": (
+        {"attend": lambda s, q, k, v: sdpa(*(t.flatten(0, 1) for t in (q, k, v))).unflatten(0, (-1, H))}, "dimensions"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name: str) -> None:
+    """Each class by a small module: the right values, the class, a reason, a hint of what to change, and a line."""
+    changes, reason = REFUSALS[name]
+    if name == "AttentionDropout":
+        compiled, reports = compile_passes(toy(**changes)())
+        with torch.no_grad():
+            compiled(randn(2, S, D))
+    else:
+        reports = same_as_eager(toy(**changes))
+    site = only_site(reports)
+    assert (site.matched, site.refusal) == (False, name), site
+    assert reason in site.reason
+    assert site.hint == getattr(refusals, name).hint and site.decision == "left to Inductor"
+    assert re.fullmatch(r"(passes/test_recognize_mla|\w+/\w+)\.py:\d+", site.source), site.source
+    assert "mla" not in reports[0].op_counts
+
+
+def test_sizes_disagree() -> None:
+    """Which rows of the weight are used depends on the length: no one structure holds for all lengths."""
+    calls = [(randn(2, n, D, seed=n),) for n in (10, 17)]
+    site = only_site(same_as_eager(toy(forward=_weights_by_length), *calls, dynamic=True))
+    assert site.refusal == "SizesDisagree"
+
+
+def test_every_refusal_is_covered() -> None:
+    """NotAttention is raised for softmaxes of other uses, and is no line of the report (the router above)."""
+    classes = {c.__name__ for c in vars(refusals).values() if isinstance(c, type) and issubclass(c, refusals.Refusal)}
+    assert classes == {*REFUSALS, "Refusal", "NotAttention", "SizesDisagree"}
+
+
+def test_a_refused_site_leaves_the_others() -> None:
+    changes, _ = REFUSALS["UpProjectionBias"]
+    (report,) = same_as_eager(stack(Toy, toy(**changes), lambda: Toy(2)))
+    assert [s.refusal for s in report.sites] == ["", "UpProjectionBias", ""]
+    assert report.op_counts == {"mla": 2, "scaled_dot_product_attention": 1}
+
+
+@pytest.mark.parametrize("rank", ["value", "mask"])
+def test_a_site_that_the_analysis_fails_on_leaves_the_others(rank: str) -> None:
+    """Broadcasting over tensors of other ranks: refused or matched, but no end of the analysis."""
+
+    def attend(self, q, k, v):  # type: ignore[no-untyped-def]
+        if rank == "value":
+            return torch.softmax(_scores(q, k), -1) @ v[0]
+        return (torch.softmax(_scores(q, k) + torch.zeros(1, 1, 1, S, S, dtype=q.dtype), -1) @ v)[0]
+
+    (report,) = same_as_eager(stack(toy(attend=attend), Toy))
+    assert report.sites[-1].matched
+
+
+def test_a_symbolic_scale_is_no_error() -> None:
+    changed = toy(attend=lambda self, q, k, v: sdpa(q, k, v, scale=1.0 / q.shape[2]))
+    same_as_eager(changed, *[(randn(2, n, D, seed=n),) for n in (10, 17)], dynamic=True)
+
+
+# ------------------------------------------------------------------ never another result
+
+
+EAGER: dict[str, Callable] = {
+    # A boolean tensor that is *added* adds ones; it hides nothing.
+    "bool_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + _plane()[1].le(_plane()[0]), -1) @ v,
+    "int_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + torch.arange(S), -1) @ v,
+    "vector_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + torch.arange(S) * 1.0, -1) @ v,
+    # -1e4 hides a key, -1 does not.
+    "fill_is_scaled_down": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(), -1e4) * 1e-4, -1) @ v,
+    "fill_is_negated": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(), -1e9) * -0.3, -1) @ v,
+    "scores_are_rounded": lambda q, k, v: torch.softmax((_scores(q, k) * 4).int().double(), -1) @ v,
+    "maximum_over_queries": lambda q, k, v: torch.softmax((x := _scores(q, k)) - x.amax(-2, keepdim=True), -1) @ v,
+    "maximum_of_another_row": lambda q, k, v: torch.softmax((x := _scores(q, k)) - x.amax(-1)[:, :, None], -1) @ v,
+    "softmax_over_queries": lambda q, k, v: torch.softmax(_scores(q, k), -2) @ v,
+    "weights_from_the_right": lambda q, k, v: (v.mT @ torch.softmax(_scores(q, k), -1)).mT,
+    "weights_changed_in_place": lambda q, k, v: (p := torch.softmax(_scores(q, k), -1), p[..., 0].zero_(), p @ v)[-1],
+    "weights_scaled_in_place": lambda q, k, v: torch.softmax(_scores(q, k), -1).mul_(2) @ v,
+    "scores_changed_in_place": lambda q, k, v: torch.softmax((x := _scores(q, k), x[..., 5:].fill_(-9))[0], -1) @ v,
+    "scores_filled_in_place": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill_(_hidden(), -math.inf), -1) @ v,
+    "row_without_a_key": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(0), -1e9), -1) @ v,
+    "row_without_a_key_added": lambda q, k, v: torch.softmax(_scores(q, k) + _hidden(0) * -1e9, -1) @ v,
+}
+
+
+def _hidden(diagonal: int = 1) -> torch.Tensor:
+    return torch.ones(S, S, dtype=torch.bool).triu(diagonal)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_written_softmax(name: str) -> None:
+    same_as_eager(toy(attend=lambda self, q, k, v: EAGER[name](q, k, v)))
+
+
+def _small(dtype: torch.dtype, n: int) -> torch.Tensor:
+    return torch.arange(n).to(dtype)
+
+
+NARROW: dict[str, Callable[[int], torch.Tensor]] = {
+    "bfloat16": lambda n: _small(torch.bfloat16, n)[None] <= _small(torch.bfloat16, n)[:, None],
+    "bfloat16_arange": lambda n: (p := torch.arange(n, dtype=torch.bfloat16))[None] <= p[:, None],
+    "uint8": lambda n: _small(torch.uint8, n)[None] <= _small(torch.uint8, n)[:, None],
+    "uint8_below_zero": lambda n: (_small(torch.uint8, n) - 1)[None] <= (_small(torch.uint8, n) - 1)[:, None],
+    "int8_product": lambda n: (_small(torch.int8, n) * 20)[None] <= (_small(torch.int8, n) * 20)[:, None],
+    "uint8_sum": lambda n: torch.ones(n, n).cumsum(1, dtype=torch.uint8) <= torch.arange(1, n + 1)[:, None],
+    "float_steps": lambda n: (p := torch.arange(0, n * 0.1 - 1e-6, 0.1))[None] <= p[:, None],
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_masks_of_narrow_numbers(name: str) -> None:
+    """Positions beyond what the dtype counts to: the mask is what torch computes, not what integers would give."""
+    length = 10 if name in ("uint8_below_zero", "int8_product", "float_steps") else 300
+    changed = toy(attend=lambda self, q, k, v: sdpa(q, k, v, attn_mask=NARROW[name](length)))
+    same_as_eager(changed, (randn(1, length, D),))
+
+
+LONG: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "window_of_128": lambda i, j: (j <= i) & (j > i - 128),
+    "chunks_of_128": lambda i, j: (j <= i) & (torch.div(i, 128, rounding_mode="floor") * 128 <= j),
+    "first_100": lambda i, j: (j < 100).expand(len(i), -1),
+    "one_row": lambda i, j: (j <= i) | (i == 100),
+    "window_of_4": lambda i, j: (j <= i) & (j > i - 4),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_masks_that_change_at_a_length(name: str) -> None:
+    """With symbolic lengths: causal or full at a few dozen tokens, and something else at 200."""
+
+    def attend(self, q, k, v):  # type: ignore[no-untyped-def]
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None]
+        return sdpa(q, k, v, attn_mask=LONG[name](i, j))
+
+    same_as_eager(toy(attend=attend), *[(randn(1, n, D),) for n in (200, 150, 300)], dynamic=True)
+
+
+def test_values_that_change_at_a_length() -> None:
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        latent = torch.cat([latent[:, :100], latent[:, :100], latent[:, 200:]], 1)
+        return self.finish(q_nope, q_rope, self.up(latent)[0], k_rope, self.up(latent)[1])
+
+    same_as_eager(toy(forward=forward), *[(randn(1, n, D),) for n in (220, 250)], dynamic=True)
+
+
+ROUNDED: dict[str, Callable] = {
+    "key_to_int": lambda k, v: (k.int().to(k.dtype), v),
+    "value_to_int": lambda k, v: (k, v.int().to(v.dtype)),
+    "both_to_int": lambda k, v: (k.int().to(k.dtype), v.int().to(v.dtype)),
+    "key_to_bool": lambda k, v: (k.gt(0).to(k.dtype) * 0 + k.bool().to(k.dtype), v),
+    "key_to_bool_alone": lambda k, v: (k.bool().to(k.dtype), v),
+    "key_to_float8": lambda k, v: (k.to(torch.float8_e4m3fn).to(k.dtype), v),
+    "value_to_bfloat16": lambda k, v: (k, v.bfloat16().to(v.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_on_the_way_from_the_up_projection(name: str) -> None:
+    """A cast to fewer values and back is a computation: the operator would not do it."""
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        k_nope, v = ROUNDED[name](*self.up(latent))
+        return self.finish(q_nope, q_rope, k_nope, k_rope, v)
+
+    same_as_eager(toy(forward=forward))
+
+
+@pytest.mark.parametrize("name", ["latent", "k_rope", "q_nope", "weight"])
+def test_rounding_in_front_of_it(name: str) -> None:
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        parts = dict(zip(("q_nope", "q_rope", "latent", "k_rope"), self.parts(x)))
+        parts["weight"] = self.b.weight
+        parts[name] = (parts[name] * 2).to(torch.float8_e4m3fn).to(x.dtype)
+        kv = F.linear(parts["latent"], parts["weight"]).view(2, S, H, N + V).transpose(1, 2)
+        return self.finish(parts["q_nope"], parts["q_rope"], kv[..., :N], parts["k_rope"], kv[..., N:])
+
+    same_as_eager(toy(forward=forward))
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * 0.5
+
+
+def _without_gradient(function: Callable) -> Callable:
+    def call(x: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return function(x)
+
+    return call
+
+
+def _hooked(x: torch.Tensor) -> torch.Tensor:
+    x = x * 1
+    x.register_hook(lambda gradient: gradient * 0.5)
+    return x
+
+
+STOPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "detach": lambda x: x.detach(),
+    "no_grad": _without_gradient(lambda x: x.clone()),
+    "function": lambda x: _Halved.apply(x),
+    "hook": _hooked,
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("value", ["q", "k", "v", "latent", "k_rope", "weight"])
+def test_gradients_that_are_stopped(value: str, stop: str) -> None:
+    """The values are those of the plain toy; only the gradients differ, and must."""
+
+    def at(name: str, x: torch.Tensor) -> torch.Tensor:
+        return STOPS[stop](x) if name == value else x
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        kv = F.linear(at("latent", latent), at("weight", self.b.weight)).view(2, S, H, N + V).transpose(1, 2)
+        k = torch.cat([kv[..., :N], at("k_rope", k_rope).expand(-1, H, -1, -1)], -1)
+        q = torch.cat([q_nope, q_rope], -1)
+        return sdpa(at("q", q), at("k", k), at("v", kv[..., N:]), is_causal=True)
+
+    same_as_eager(toy(forward=forward), train=True)
+
+
+@pytest.mark.parametrize("what", ["scores", "weights"])
+def test_gradients_stopped_inside_the_softmax(what: str) -> None:
+    def attend(self, q, k, v):  # type: ignore[no-untyped-def]
+        if what == "scores":
+            return torch.softmax(_scores(q, k).detach(), -1) @ v
+        return torch.softmax(_scores(q, k), -1).detach() @ v
+
+    same_as_eager(toy(attend=attend), train=True)
+
+
+@pytest.mark.parametrize("part", ["up-projection", "attention"])
+def test_parts_under_no_grad(part: str) -> None:
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        with torch.set_grad_enabled(part != "up-projection"):
+            k_nope, v = self.up(latent)
+        with torch.set_grad_enabled(part != "attention"):
+            o = self.finish(q_nope, q_rope, k_nope, k_rope, v)
+        return o + x
+
+    same_as_eager(toy(forward=forward), train=True)
+
+
+def test_a_learned_mask_keeps_its_gradient() -> None:
+    class Learned(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(randn(H, S, S))
+
+        def attend(self, q, k, v):  # type: ignore[no-untyped-def]
+            return sdpa(q, k, v, attn_mask=self.bias)
+
+    assert not only_site(same_as_eager(Learned, train=True)).matched
+    assert only_site(same_as_eager(Learned)).mask.startswith("operand")
+
+
+def test_keys_that_are_also_read_elsewhere() -> None:
+    changed = toy(attend=lambda self, q, k, v: sdpa(q, k, v, is_causal=True) + k.mean() + v.mean())
+    assert only_site(same_as_eager(changed, train=True)).matched
