@@ -22,6 +22,7 @@ from dscompile.kernels.mla_decode_launch import launch_combine, launch_gluon, la
 PAGE = 64  # keys of a page
 MAX_SPLITS = 128
 PARTIAL_COST = 4  # a part's 64 x 512 float32 results, written and read once, are the traffic of 3.5 pages
+PART_ROWS = 4096  # rows of partial results that are still joined faster than more parts save time
 LOG2_E = math.log2(math.e)
 
 
@@ -87,7 +88,8 @@ def mla_decode_unchecked(
         mask = mask.view(torch.uint8).expand(requests, s_q, capacity)
     if splits is None:
         tiles = -(-rows // tile_rows(impl, rows, q_latent.dtype))
-        splits = pick_splits(requests * tiles, -(-capacity // PAGE), launch.sm_count(device))
+        most = max(4, PART_ROWS // (requests * rows))
+        splits = pick_splits(requests * tiles, -(-capacity // PAGE), launch.sm_count(device), min(most, MAX_SPLITS))
     o_part, lse_part = o, lse
     if splits > 1:
         o_part = torch.empty((requests, splits, rows, width), dtype=torch.float32, device=device)
@@ -102,17 +104,18 @@ def mla_decode_unchecked(
 
 
 @functools.cache
-def pick_splits(programs: int, pages: int, sms: int) -> int:
+def pick_splits(programs: int, pages: int, sms: int, most: int = MAX_SPLITS) -> int:
     """Parts to cut each request's keys into, when one part makes `programs` programs of at most `pages` pages each.
 
     A program occupies an SM, so programs run in waves of `sms`, each as long as one part. Cutting fills the last wave
-    better and costs a partial result a part. The count with the least of waves * (pages of a part + that cost).
+    better and costs a partial result a part. The count with the least of waves * (pages of a part + that cost), and not
+    over `most`.
     """
     def duration(splits: int) -> int:
         waves = -(-programs * splits // sms)
         return waves * (-(-pages // splits) + (PARTIAL_COST if splits > 1 else 0))
 
-    return min(range(1, max(1, min(pages, MAX_SPLITS)) + 1), key=duration)
+    return min(range(1, max(1, min(pages, most)) + 1), key=duration)
 
 
 def gluon_refusal(

@@ -44,9 +44,8 @@ def run(bound: list[Bindings]) -> PassRecord:
             site.site.decision = f"mla: {why}"
             if better:
                 _absorb(site, lengths)
-                site.site.decision = f"mla_decode: {why}"
-            else:
-                _join_query(site)
+                pages = ", pages read in place" if site.pages is not None else ""
+                site.site.decision = f"mla_decode: {why}{pages}"
         except Refusal as refusal:
             site.site.decision = f"mla: expanded, {refusal.found}"
     return record
@@ -74,14 +73,11 @@ def _cheaper(site: Bindings) -> tuple[bool, str]:
         V=hint(w_uv.shape[1]),
         C=rank,
         dtype_bytes=q_nope.dtype.itemsize,
-        masked=site.mask.kind in ("operand", "length"),
+        masked=site.mask.kind == "operand",
+        length=site.mask.kind == "length",
         causal=site.mask.kind == "causal",
-        card=_card(q_nope.device),
+        card=heuristics.card_for(q_nope.device),
     )
-
-
-def _card(device: torch.device) -> heuristics.Card:
-    return heuristics.card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else heuristics.DEFAULT
 
 
 def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node]]) -> None:
@@ -117,24 +113,6 @@ def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node
     site.module.graph.erase_node(site.node)  # ours, pure, and without readers now
     site.node, site.out = node, o
     site.module.graph.lint()
-    site.module.recompile()
-
-
-def _join_query(site: Bindings) -> None:
-    """Gives the expanded form both query parts as slices of one tensor [B, S, H, N + R].
-
-    Attention kernels want one query. Joined in the graph, the copy is part of the kernel that rotates the query;
-    joined inside the operator it would be a kernel of its own.
-    """
-    q_nope, q_rope, *rest = site.node.args
-    nope, rope = (x.meta["example_value"].shape[-1] for x in (q_nope, q_rope))
-    if rope == 0:
-        return
-    e = Emitter(site.node)
-    parts = [e.call(aten.transpose.int, x, 1, 2) for x in (q_nope, q_rope)]
-    whole = e.call(aten.transpose.int, e.call(aten.cat.default, parts, -1), 1, 2)
-    slices = (e.call(aten.slice.Tensor, whole, -1, first, last) for first, last in ((0, nope), (nope, nope + rope)))
-    site.node.args = (*slices, *rest)
     site.module.recompile()
 
 

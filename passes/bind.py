@@ -8,6 +8,7 @@ if every run binds to the same nodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ class Bindings:
     mask_node: fx.Node | None
     structure: Structure | AbsorbedForm
     pages: tuple[Read, Read] | None = None
+    fused: fx.Node | None = None  # the weight [H * (N + V), C] that holds both up-projections, if one does
     training: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -191,7 +193,22 @@ class Binder:
             torch.ops.dsinfra.mla.default, q_nope, q_rope, latent, k_rope, *weights, mask, match.attention.scale, causal
         )
         pages = (plan["latent_pages"], plan["rope_pages"]) if {"latent_pages", "rope_pages"} <= plan.keys() else None
-        return Bindings(match.site, owner.module, node, e.item(node, 0), match.mask, mask, s, pages, self.training)
+        out = e.item(node, 0)
+        fused = self._fused(plan, s, dtype)
+        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, pages, fused, self.training)
+
+    def _fused(self, plan: dict[str, Read], s: Structure, dtype: torch.dtype) -> fx.Node | None:
+        """The matrix whose rows are exactly the heads' blocks of both up-projections."""
+        node = plan["w_uk"].node
+        value = node.meta["example_value"]
+        blocks = sorted([(s.w_uk.offset, s.nope), (s.w_uv.offset, s.value)])
+        stacked = blocks[0][0] == 0 and blocks[1][0] == blocks[0][1]
+        stride = s.nope + s.value
+        whole = (
+            stacked and s.w_uk.stride == s.w_uv.stride == stride and tuple(value.shape) == (s.heads * stride, s.rank)
+        )
+        plain = node is plan["w_uv"].node and not s.w_uk.transposed and value.dtype == s.w_uk.dtype == dtype
+        return node if whole and plain else None
 
     def _weight(self, e: Emitter, read: Read, heads: int, dtype: torch.dtype) -> fx.Node:
         rows = read.slot
@@ -221,7 +238,7 @@ class Binder:
         )
         match.site.decision = "mla_decode: the model's own absorbed form"
         out = e.call(aten.permute.default, e.item(node, 0), [0, 2, 1, 3])
-        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, None, self.training)
+        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, training=self.training)
 
     def _mask(self, e: Emitter, match: Match, plan: dict[str, Read]) -> fx.Node | None:
         """The mask as an operand [B, H, S, T] (broadcastable; True = visible), or None if it was proved."""
@@ -243,7 +260,8 @@ class Binder:
             out = e.call(aten.permute.default, out, ["bhsv".index(c) for c in labels])
         before, after = owner.node.meta["example_value"], out.meta["example_value"]
         out = e.cast(out, before.dtype)
-        if _strides(before) != _strides(after) and _strides(before) == _packed(before) and _is_viewed(owner.node):
+        differ = expressions(before.stride()) != expressions(after.stride())
+        if differ and expressions(before.stride()) == _packed(before) and _is_viewed(owner.node):
             out = e.call(aten.contiguous.default, out)
         return out
 
@@ -293,8 +311,9 @@ def _expr(size: int | torch.SymInt) -> object:
     return size if isinstance(size, int) else size.node.expr
 
 
-def _strides(value: torch.Tensor) -> list[object]:
-    return [_expr(s) for s in value.stride()]
+def expressions(sizes: Iterable[int | torch.SymInt]) -> list[object]:
+    """Sizes or strides, to compare without installing guards."""
+    return [_expr(s) for s in sizes]
 
 
 def _packed(value: torch.Tensor) -> list[object]:

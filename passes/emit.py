@@ -2,8 +2,8 @@
 
 Every new node gets an ``example_value`` (computed on the fake tensors of its arguments: a wrong shape fails here,
 before anything is replaced) and the source line and module of the node it serves. Only ATen and ``dsinfra`` overloads
-and ``operator.getitem`` are written, so that AOTAutograd's cache accepts the graph. Nothing is ever removed: dead code in
-Dynamo's graph may still mutate, and AOTAutograd drops the rest.
+and ``operator.getitem`` are written, so that AOTAutograd's cache accepts the graph. Nothing is ever removed:
+dead code in Dynamo's graph may still mutate, and AOTAutograd drops the rest.
 """
 
 from __future__ import annotations

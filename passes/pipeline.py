@@ -1,6 +1,6 @@
 """The ordered list of passes, and the one function that runs them on Dynamo's graph.
 
-    shadow  ->  recognize_mla  ->  absorb  ->  choose
+    shadow  ->  recognize_mla  ->  absorb  ->  lower
 
 A graph without a softmax or an attention is not traced at all. Nothing here may break a compilation: what raises is
 turned into a note of the record (``strict`` raises instead), and the graph stays as the finished passes left it.
@@ -16,15 +16,14 @@ import torch
 from torch import fx
 
 import dscompile.lowering.ops  # noqa: F401  (registers the operators the passes write)
-from dscompile.lowering import select
-from dscompile.passes import absorb, recognize_mla
+from dscompile.passes import absorb, lower, recognize_mla
 from dscompile.passes.bind import Bindings
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.shadow import trace
 
 Observer = Callable[[str, str, fx.GraphModule], None]  # (pass, "before" | "after", graph)
 
-PASSES = ("shadow", recognize_mla.NAME, absorb.NAME, "choose")
+PASSES = ("shadow", recognize_mla.NAME, absorb.NAME, lower.NAME)
 
 _ANCHORS = ("scaled_dot_product_attention", "softmax", "_softmax")
 
@@ -71,7 +70,11 @@ def _run(module: fx.GraphModule, inputs: Sequence[object], outcome: Outcome, obs
         bound.extend(found)
         return record
 
-    passes = {recognize_mla.NAME: recognise, absorb.NAME: lambda: absorb.run(bound), "choose": lambda: _choose(bound)}
+    passes = {
+        recognize_mla.NAME: recognise,
+        absorb.NAME: lambda: absorb.run(bound),
+        lower.NAME: lambda: lower.run(bound),
+    }
     for name, step in passes.items():
         observe(name, "before", module)
         start = time.perf_counter()
@@ -79,18 +82,6 @@ def _run(module: fx.GraphModule, inputs: Sequence[object], outcome: Outcome, obs
         record.seconds = time.perf_counter() - start
         outcome.records.append(record)
         observe(name, "after", module)
-
-
-def _choose(bound: list[Bindings]) -> PassRecord:
-    """Asks the operators' tables which implementation will run, for the report; the call itself asks again."""
-    for site in bound:
-        args = torch.fx.node.map_arg(site.node.args, lambda n: n.meta["example_value"])
-        name = str(site.node.target._schema.name).split("::")[1]  # type: ignore[union-attr]
-        implementation, skipped = select.choose(name, tuple(args))
-        site.site.kernel = implementation.name
-        if skipped:
-            site.site.reason = "; ".join(f"{other}: {reason}" for other, reason in skipped)
-    return PassRecord("choose", [b.site for b in bound])
 
 
 def _nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -101,8 +92,13 @@ def _nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _is_anchor(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and _name(node) in _ANCHORS
+
+
+def _name(node: fx.Node) -> str:
+    """What the node calls, without the overload's name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _ANCHORS
+    return name.split(".")[0]
 
 
 def op_counts(module: fx.GraphModule) -> dict[str, int]:
@@ -119,7 +115,7 @@ def op_counts(module: fx.GraphModule) -> dict[str, int]:
             if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dsinfra":
                 name = node.target._schema.name.split("::")[1]
             elif _is_anchor(node):
-                name = getattr(node.target, "__name__", node.target).lstrip("_")
+                name = _name(node).lstrip("_")
             if name is not None:
                 counts[name] = counts.get(name, 0) + 1
     return counts

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
         (100, 128, 5),  # 500 of 528 places in four waves; fewer parts leave a quarter idle
         (133, 128, 4),  # uncut, one program has a wave to itself
         (64, 4, 1),  # too few pages to pay for partial results
-        (1, 1024, 32),
+        (1, 1024, 128),
         (1, 8, 8),  # each page to a processor of its own
         (1, 4, 1),
         (1, 0, 1),
@@ -39,6 +39,11 @@ ROOT = Path(__file__).parents[2]
 )
 def test_pick_splits(programs: int, pages: int, splits: int) -> None:
     assert pick_splits(programs, pages, 132) == splits
+
+
+def test_pick_splits_keeps_to_the_most() -> None:
+    assert pick_splits(1, 1024, 132, 32) == 32
+    assert pick_splits(1, 4, 132, 32) == 1
 
 
 @pytest.mark.parametrize("sms", [1, 78, 132])
@@ -74,7 +79,7 @@ def call(layout: str = "paged", **changes: object) -> None:
         ({"mask": lambda x: torch.ones(2, 2, 128)}, "float32.*Pass bool"),
         ({"scale": lambda x: 0.0}, "scale is 0.0.*Scale the queries"),
         ({"scale": lambda x: float("nan")}, "scale is nan"),
-        ({"splits": 33}, "Use 1 to 32"),
+        ({"splits": 129}, "Use 1 to 128"),
         ({"splits": 0}, "splits is 0"),
         ({"latent": lambda x: x.to("meta")}, "Move them to one device"),
     ],

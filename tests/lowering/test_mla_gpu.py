@@ -104,7 +104,7 @@ def test_forward_and_backward(sizes, dtype, kind):
     mask, causal = make_mask(kind, *sizes, dtype)
     chosen, skipped = select.choose("mla", (*args, mask, 0.1, causal))
     if is_hopper():
-        assert chosen.name == ("cudnn" if mask is None else "efficient"), skipped
+        assert chosen.name == "cudnn", skipped
     check_against_oracle(args, mask, causal, dtype)
 
 

@@ -119,8 +119,7 @@ def test_hopper_takes_cudnn(kind, dtype):
 def test_trial_of_cudnn_passes_on_hopper(mask, dtype):
     mask_dtype = {"none": None, "bool": torch.bool, "float": dtype}[mask]
     skip_elsewhere("cudnn")
-    device = torch.device("cuda", torch.cuda.current_device())
-    assert cudnn_trial.run_trial(device, dtype, 192, 128, mask_dtype) == ""
+    assert cudnn_trial.run_trial(torch.device("cuda"), dtype, 192, 128, mask_dtype) == ""
 
 
 @IMPLS

@@ -1,4 +1,4 @@
-"""A value is read with exactly its own extent: caches and buffers may be longer, wider or deeper than what is attended."""
+"""A value is read with exactly its own extent: caches and buffers may be longer or deeper than what is attended."""
 
 from __future__ import annotations
 
