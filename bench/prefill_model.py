@@ -22,8 +22,7 @@ GPUS = 1
 class Plan:
     """What to run."""
 
-    names: tuple[str, ...] = ("v3x3", "v2lite")
-    tokens: int = 4096
+    prompts: tuple[tuple[str, int], ...] = (("v3x3", 4096), ("v3x3", 256), ("v2lite", 4096))
     checked_tokens: int = 1024
     warmup: int = 4
     repeats: int = 20
@@ -32,25 +31,26 @@ class Plan:
     dry: bool = False
 
 
-DRY = Plan(("micro",), 64, 32, 1, 3, "cpu", torch.float32, True)
+DRY = Plan((("micro", 64),), 32, 1, 3, "cpu", torch.float32, True)
 
 
 def run(quick: bool = False, plan: Plan | None = None) -> list[dict[str, Any]]:
-    """One row a model; quick leaves the long compilations of v2lite out."""
-    plan = plan or (Plan(names=("v3x3",)) if quick else Plan())
+    """One row a model and prompt; quick leaves the long compilations of v2lite out."""
+    plan = plan or (Plan(prompts=(("v3x3", 4096),)) if quick else Plan())
     both = compiled.variants(None, plan.dry)
     rows = []
     with torch.no_grad():
-        for name in plan.names:
+        for name in dict(plan.prompts):
             model = models.build(name, plan.device, plan.dtype, layers=3)
             _check(model, name, both, plan)
             if model.config.num_hidden_layers != models.CONFIGS[name]["num_hidden_layers"]:
                 del model
                 compiled.forget()
                 model = models.build(name, plan.device, plan.dtype)
-            anchor, ours = (_measure(model, name, variant, plan) for variant in both)
-            case = f"{name}, prompt 1 x {plan.tokens}, {str(plan.dtype)[6:]}"
-            rows.append(compiled.report_pair(case, anchor, ours, "inductor default mode, same run"))
+            for tokens in (n for other, n in plan.prompts if other == name):
+                anchor, ours = (_measure(model, name, tokens, variant, plan) for variant in both)
+                case = f"{name}, prompt 1 x {tokens}, {str(plan.dtype)[6:]}"
+                rows.append(compiled.report_pair(case, anchor, ours, "inductor default mode, same run"))
             del model
             compiled.forget()
     return rows
@@ -62,9 +62,9 @@ def _check(model: Any, name: str, both: tuple[Variant, Variant], plan: Plan) -> 
     compiled.check_logits(lambda call: call(ids, use_cache=False).logits.clone(), model, both, what)
 
 
-def _measure(model: Any, name: str, variant: Variant, plan: Plan) -> Measured:
+def _measure(model: Any, name: str, tokens: int, variant: Variant, plan: Plan) -> Measured:
     with compiled.from_scratch():
-        ids = models.token_ids(model, 1, plan.tokens)
+        ids = models.token_ids(model, 1, tokens)
         call = variant.compile(model)
         measured = compiled.measure(
             lambda: call(ids, use_cache=False), lambda: None, warmup=plan.warmup, repeats=plan.repeats
