@@ -7,6 +7,7 @@ ordinary integers, once for each assignment.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 
@@ -99,6 +100,8 @@ def module_path(node: fx.Node | None) -> str:
 
 def aliased_argument(node: fx.Node) -> fx.Node | None:
     """The argument whose storage this node's result shares (views and in-place results), by the operator's schema."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0]  # an item of a split shares the storage of all of them
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.returns:
         return None

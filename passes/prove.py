@@ -331,7 +331,8 @@ class Pull:
     def _read_time(self, points: Points) -> int:
         """When the node's source is read: with the reader if the node is a view, at the node itself if it copies."""
         node = points.node
-        if aliased_argument(node) is None and node.target is not operator.getitem:
+        if aliased_argument(node) is None:
+            self._check_intact(points)
             return self.memory.position[node]
         if node.target in MAYBE_COPY and not self.memory.unchanged(node, self.memory.position[node], points.time):
             raise MutatedOperand(f"`{node.name}` may or may not be a copy of a tensor that is overwritten later", node)
