@@ -8,7 +8,8 @@ if every run binds to the same nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,8 @@ class Binder:
     def write(self, owner: Owner, matches: list[Match]) -> Bindings:
         """Replaces the Dynamo node ``owner`` of one or more (identical) matches; raises a Refusal, graph untouched."""
         plans = [self._plan(owner, match) for match in matches]
-        if any(plan != plans[0] for plan in plans):
+        kinds = {(m.mask.kind, m.attention.scale, m.attention.result, m.attention.inverted) for m in matches}
+        if len(kinds) > 1 or any(plan != plans[0] for plan in plans):
             raise UnboundValue("the runs of one shared body bind to different values", matches[0].anchor)
         match, plan = matches[0], plans[0]
         emitter = Emitter(owner.node)
@@ -135,7 +137,7 @@ class Binder:
             if held is None:
                 continue
             if self.memory.unchanged(slot.node, slot.time, time):
-                return Read(held, replace(slot, time=0))
+                return Read(held, replace(slot, node=held, time=0))
             overwritten = slot.node
         if overwritten is not None:
             raise MutatedOperand(f"`{name}` is overwritten between its use and the attention", overwritten)
@@ -147,14 +149,14 @@ class Binder:
             raise UnboundValue(f"the weight `{name}` has no tensor in the graph of the attention", rows.node)
         if not self.memory.unchanged(rows.node, rows.time, time):
             raise MutatedOperand(f"the weight `{name}` is overwritten before the attention", rows.node)
-        return Read(held, replace(rows, time=0))  # two runs of one body read the same way at different times
+        return Read(held, replace(rows, node=held, time=0))  # two runs of one body read alike at different times
 
     def _page_read(self, owner: Owner, pages: Pages | None, time: int) -> Read | None:
         if pages is None:
             return None
         pool, table = self._held(owner, pages.pool), self._held(owner, pages.table)
         safe = all(self.memory.unchanged(n, pages.time, time) for n in (pages.pool, pages.table))
-        return Read(pool, Pages(pages.pool, pages.table, pages.offset, 0), table) if pool and table and safe else None
+        return Read(pool, Pages(pool, table, pages.offset, 0), table) if pool and table and safe else None
 
     # ---- writing
 
@@ -260,10 +262,17 @@ class Binder:
             out = e.call(aten.permute.default, out, ["bhsv".index(c) for c in labels])
         before, after = owner.node.meta["example_value"], out.meta["example_value"]
         out = e.cast(out, before.dtype)
-        differ = expressions(before.stride()) != expressions(after.stride())
-        if differ and expressions(before.stride()) == _packed(before) and _is_viewed(owner.node):
-            out = e.call(aten.contiguous.default, out)
+        if expressions(before.stride()) != expressions(after.stride()) and _layout_matters(owner.node):
+            out = self._laid_out(e, out, before)
         return out
+
+    def _laid_out(self, e: Emitter, out: fx.Node, like: torch.Tensor) -> fx.Node:
+        """``out`` copied into the strides of ``like``, if those are a dense tensor's with its dimensions permuted."""
+        for order in itertools.permutations(range(like.dim())):
+            if expressions(like.stride(i) for i in order) == _packed([like.shape[i] for i in order]):
+                dense = e.call(aten.contiguous.default, e.call(aten.permute.default, out, order))
+                return e.call(aten.permute.default, dense, [order.index(i) for i in range(like.dim())])
+        raise Unsupported("the attention's result is no dense tensor, and its strides are relied on")
 
 
 def decode_mask(e: Emitter, mask: Mask, node: fx.Node | None, latent: fx.Node) -> tuple[fx.Node | None, fx.Node]:
@@ -316,27 +325,31 @@ def expressions(sizes: Iterable[int | torch.SymInt]) -> list[object]:
     return [_expr(s) for s in sizes]
 
 
-def _packed(value: torch.Tensor) -> list[object]:
+def _packed(shape: Sequence[int | torch.SymInt]) -> list[object]:
     """Strides of a contiguous tensor of this shape."""
     strides: list[object] = []
     step: object = 1
-    for size in reversed(value.shape):
+    for size in reversed(shape):
         strides.insert(0, step)
         step = step * _expr(size)  # type: ignore[operator]
     return strides
 
 
-def _is_viewed(node: fx.Node) -> bool:
-    """True if a later ``view`` may rely on the strides of ``node`` (itself or through transposes and slices)."""
+# Readers to which strides are all the same, and operators whose result keeps some of them.
+_INDIFFERENT = {"contiguous", "linear", "matmul"}
+_KEEPING = {"transpose", "permute", "getitem", "unsqueeze", "squeeze", "select", "narrow", "reshape", "flatten"}
+
+
+def _layout_matters(node: fx.Node) -> bool:
+    """False if the result is read only by operators that take any strides, directly or through views."""
     todo, seen = [node], set()
     while todo:
         for user in todo.pop().users:
-            if user in seen:
+            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            if user in seen or name in _INDIFFERENT:
                 continue
             seen.add(user)
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-            if name in ("view", "view_as", "as_strided", "view.default"):
+            if name not in _KEEPING:
                 return True
-            if name in ("transpose", "permute", "getitem", "unsqueeze", "squeeze", "expand", "select", "narrow"):
-                todo.append(user)
+            todo.append(user)
     return False

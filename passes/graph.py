@@ -105,6 +105,9 @@ def aliased_argument(node: fx.Node) -> fx.Node | None:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.returns:
         return None
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    if first is not None and "*" in first.after_set and isinstance(node.args[0], fx.Node):
+        return node.args[0]  # split, chunk, unbind: a list of views
     returned = schema.returns[0].alias_info
     if returned is None:
         return None

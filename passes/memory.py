@@ -54,8 +54,13 @@ class Memory:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
         self.writes: dict[fx.Node, list[Write]] = defaultdict(list)
+        inputs: dict[int, fx.Node] = {}
         for node in graph.nodes:
             source = aliased_argument(node)
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, torch.Tensor):
+                first = inputs.setdefault(value.untyped_storage()._cdata, node)  # inputs may be views of one buffer
+                source = first if first is not node else None
             self._root[node] = self._root[source] if source is not None else node
             for view in written_arguments(node):
                 self.writes[self.root(view)].append(Write(self.position[node], node, view))

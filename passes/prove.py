@@ -262,6 +262,9 @@ def filled(points: Points, memory: Memory) -> bool:
     return fresh and any(w.position < points.time for w in memory.writes.get(points.node, ()))
 
 
+_JOINS = {aten.cat.default, aten.concat.default, aten.stack.default}
+
+
 class Pull:
     """Walks elements of one graph back, under one size assignment."""
 
@@ -318,7 +321,23 @@ class Pull:
             if source.meta["val"].dtype != node.meta["val"].dtype:
                 casts = casts | {source.meta["val"].dtype, node.meta["val"].dtype}
             out.append(replace(kept, node=source, coords=moved, time=time, casts=casts))
+        if node.target in _JOINS:
+            self._check_every_part(points, out)
         return out or None
+
+    def _check_every_part(self, points: Points, hit: list[Points]) -> None:
+        """Refuses if between the points lies a part of a concatenation that none of them is in."""
+        node, spread = points.node, points.spread()
+        rank = len(self.sizes.shape(node))
+        along = spread.coords[_dim(node, 1, "dim", rank)]
+        offset, met = 0, {p.node for p in hit}
+        for part in node.args[0]:
+            shape = self.sizes.shape(part)
+            length = 1 if node.target is aten.stack.default else shape[_dim(node, 1, "dim", rank)] if len(shape) == rank else 0
+            inside = length and offset <= along.max() and offset + length > along.min()
+            if inside and part not in met:
+                raise Unsupported(f"`{part.name}`, a part of `{node.name}`, was not looked at", node)
+            offset += length
 
     def _check_intact(self, points: Points) -> None:
         """Refuses a computed value that is overwritten in place before it is read (an input has versions instead)."""
@@ -362,6 +381,16 @@ class Pull:
             raise MutatedOperand(f"a part of `{points.node.name}` is read that nothing was copied into", points.node)
         return out
 
+    def _check_dense(self, node: fx.Node, coords: Coords) -> None:
+        """Refuses a write to a part of a dimension of which the points leave out positions: any could be overwritten."""
+        if node.target in (aten.slice.Tensor, aten.select.int):
+            source = self.sizes.shape(node.args[0])
+            dim = _dim(node, 1, "dim", len(source))
+            whole = node.target is aten.slice.Tensor and self.sizes.shape(node)[dim] == source[dim]
+            present = np.unique(coords[dim])
+            if not whole and len(present) and present[-1] - present[0] + 1 != len(present):
+                raise Unsupported(f"a buffer is filled in parts along a dimension of {source[dim]}", node)
+
     def _invert(self, view: fx.Node, root: fx.Node, coords: Coords) -> tuple[Coords, Array]:
         """Coordinates of ``root`` -> those of a chain of slices and selects of it, and which of them it covers."""
         chain = []
@@ -371,6 +400,7 @@ class Pull:
         hit = np.ones(len(coords[0]), bool)
         for node in reversed(chain):
             self.seen.add(node)
+            self._check_dense(node, coords)
             if node.target is aten.slice.Tensor:
                 dim = _dim(node, 1, "dim", len(coords))
                 (_, origin, _) = next(_slice(node, tuple(np.zeros_like(c) for c in coords), self.sizes))

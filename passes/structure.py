@@ -323,13 +323,19 @@ class Prover:
         """True if both read the same elements of the same versions."""
         return self._identity(a) == self._identity(b)
 
-    def _identity(self, points: Points) -> dict:
-        found = {}
-        for end in self.pull.walk(points):
-            order = np.argsort(end.index)
-            key = (end.node, self.memory.version(end.node, end.time))
-            found[key] = tuple(x[order].tobytes() for x in (end.index, *end.coords))
-        return found
+    def _identity(self, points: Points) -> tuple:
+        """Where the points lie, as far back as they stay together, and which version they read."""
+        *_, end = self.pull.trail(points)
+        order = np.argsort(end.index)
+        return self._version(end), tuple(c[order].tobytes() for c in end.coords)
+
+    def _source(self, point: Points) -> tuple:
+        """As `_identity`, of one point, without the coordinates: the tensor it is an element of."""
+        *_, end = self.pull.trail(point)
+        return self._version(end)
+
+    def _version(self, end: Points) -> tuple[fx.Node, int]:
+        return end.node, self.memory.version(end.node, end.time)
 
     def _split_key(
         self, key: Operand, latent: tuple, spots: Array, heads: int, width: int, time: int
@@ -338,13 +344,13 @@ class Prover:
         points, wanted = self._grid(key, spots[:1], "t", heads, width, 0, time)
         projected = np.zeros(len(points.index), bool)
         other: fx.Node | None = None
-        source = self._identity(latent[0][0].take(np.array([0])))
+        source = self._source(latent[0][0].take(np.array([0])))
         for end in self.pull.walk(points):
             row = self.contraction(end)
             if row is None:
                 continue
-            first = row.latent.take(np.array([0]))
-            if self._identity(replace(first, index=np.zeros(1, np.int64))) != source:
+            first = replace(row.latent.take(np.array([0])), index=np.zeros(1, np.int64))
+            if self._source(first) != source:
                 other = end.node
                 continue
             projected[end.index] = True

@@ -60,9 +60,9 @@ def error(ours, exact):
 
 
 def gradient_error(ours, exact, uncancelled):
-    """As `error`, except where the exact gradient vanishes. A query that sees one key has p = 1, so that its ds =
-    p (dp - sum p dp) is zero: the terms cancel, what is left of them is rounding, and a relative error would divide by
-    nothing. There the difference is measured against the terms, that is the gradient with the softmax's sum held fixed."""
+    """As `error`, except where the exact gradient vanishes. A query that sees one key has p = 1, so that its
+    ds = p (dp - sum p dp) is zero: the terms cancel, rounding is left of them, and a relative error would divide by
+    nothing. There the difference is measured against the terms: the gradient with the softmax's sum held fixed."""
     if exact.double().norm() > 1e-12 * uncancelled.norm():
         return error(ours, exact)
     return float((ours.double() - exact.double()).norm() / uncancelled.norm())

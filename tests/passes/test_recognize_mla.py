@@ -55,17 +55,16 @@ class Toy(nn.Module):
 
     def forward(self, x: torch.Tensor, *rest: Any) -> Any:
         q_nope, q_rope, latent, k_rope = self.parts(x)
-        return self.finish(q_nope, q_rope, *self.up(latent)[:1], k_rope, self.up(latent)[1], *rest)
+        k_nope, v = self.up(latent)
+        return self.finish(q_nope, q_rope, k_nope, k_rope, v, *rest)
 
 
 sdpa = F.scaled_dot_product_attention
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Pairs (i, i + R/2) of x_BHSR turned by position."""
-    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=x.dtype)
-    first, second = x.chunk(2, -1)
-    return x * angle.cos().repeat(1, 2) + torch.cat([-second, first], -1) * angle.sin().repeat(1, 2)
+    """Stands for the rotation of x_BHSR: arithmetic by position. No proof looks into it; test_rope.py has real ones."""
+    return x * torch.arange(x.shape[2], dtype=x.dtype).cos()[:, None]
 
 
 def toy(**methods: Callable) -> type[Toy]:
@@ -277,10 +276,6 @@ def _wide_then_narrow(self, x):  # type: ignore[no-untyped-def]
     return sdpa(torch.cat([q_nope, q_rope], -1), k, kv[..., N:]).double()
 
 
-def _dropped(q, k, v):  # type: ignore[no-untyped-def]
-    return sdpa(q, k, v, dropout_p=0.1)
-
-
 def _plane() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(S)[:, None], torch.arange(S)[None]
 
@@ -296,7 +291,7 @@ REFUSALS: dict[str, tuple[dict[str, Callable], str]] = {
         {"attend": lambda s, q, k, v: (p := torch.softmax(_scores(q, k), -1)) @ v + p.sum()},
         "2 readers",
     ),
-    "AttentionDropout": ({"attend": lambda s, q, k, v: _dropped(q, k, v)}, "0.1"),
+    "AttentionDropout": ({"attend": lambda s, q, k, v: sdpa(q, k, v, dropout_p=0.1)}, "0.1"),
     "SlidingWindow": (
         {"attend": lambda s, q, k, v: sdpa(q, k, v, (d := _plane()[0] - _plane()[1]).ge(0) & d.lt(4))},
         "4 keys",
@@ -404,21 +399,18 @@ EAGER: dict[str, Callable] = {
     # A boolean tensor that is *added* adds ones; it hides nothing.
     "bool_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + _plane()[1].le(_plane()[0]), -1) @ v,
     "int_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + torch.arange(S), -1) @ v,
-    "vector_is_added": lambda q, k, v: torch.softmax(_scores(q, k) + torch.arange(S) * 1.0, -1) @ v,
     # -1e4 hides a key, -1 does not.
     "fill_is_scaled_down": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(), -1e4) * 1e-4, -1) @ v,
     "fill_is_negated": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(), -1e9) * -0.3, -1) @ v,
     "scores_are_rounded": lambda q, k, v: torch.softmax((_scores(q, k) * 4).int().double(), -1) @ v,
     "maximum_over_queries": lambda q, k, v: torch.softmax((x := _scores(q, k)) - x.amax(-2, keepdim=True), -1) @ v,
     "maximum_of_another_row": lambda q, k, v: torch.softmax((x := _scores(q, k)) - x.amax(-1)[:, :, None], -1) @ v,
-    "softmax_over_queries": lambda q, k, v: torch.softmax(_scores(q, k), -2) @ v,
     "weights_from_the_right": lambda q, k, v: (v.mT @ torch.softmax(_scores(q, k), -1)).mT,
     "weights_changed_in_place": lambda q, k, v: (p := torch.softmax(_scores(q, k), -1), p[..., 0].zero_(), p @ v)[-1],
     "weights_scaled_in_place": lambda q, k, v: torch.softmax(_scores(q, k), -1).mul_(2) @ v,
     "scores_changed_in_place": lambda q, k, v: torch.softmax((x := _scores(q, k), x[..., 5:].fill_(-9))[0], -1) @ v,
     "scores_filled_in_place": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill_(_hidden(), -math.inf), -1) @ v,
     "row_without_a_key": lambda q, k, v: torch.softmax(_scores(q, k).masked_fill(_hidden(0), -1e9), -1) @ v,
-    "row_without_a_key_added": lambda q, k, v: torch.softmax(_scores(q, k) + _hidden(0) * -1e9, -1) @ v,
 }
 
 
@@ -456,10 +448,8 @@ def test_masks_of_narrow_numbers(name: str) -> None:
 
 LONG: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "window_of_128": lambda i, j: (j <= i) & (j > i - 128),
-    "chunks_of_128": lambda i, j: (j <= i) & (torch.div(i, 128, rounding_mode="floor") * 128 <= j),
     "first_100": lambda i, j: (j < 100).expand(len(i), -1),
     "one_row": lambda i, j: (j <= i) | (i == 100),
-    "window_of_4": lambda i, j: (j <= i) & (j > i - 4),
 }
 
 
@@ -486,9 +476,7 @@ def test_values_that_change_at_a_length() -> None:
 ROUNDED: dict[str, Callable] = {
     "key_to_int": lambda k, v: (k.int().to(k.dtype), v),
     "value_to_int": lambda k, v: (k, v.int().to(v.dtype)),
-    "both_to_int": lambda k, v: (k.int().to(k.dtype), v.int().to(v.dtype)),
-    "key_to_bool": lambda k, v: (k.gt(0).to(k.dtype) * 0 + k.bool().to(k.dtype), v),
-    "key_to_bool_alone": lambda k, v: (k.bool().to(k.dtype), v),
+    "key_to_bool": lambda k, v: (k.bool().to(k.dtype), v),
     "key_to_float8": lambda k, v: (k.to(torch.float8_e4m3fn).to(k.dtype), v),
     "value_to_bfloat16": lambda k, v: (k, v.bfloat16().to(v.dtype)),
 }
