@@ -43,12 +43,24 @@ except ImportError:  # no Triton, or one older than Gluon
     gluon = gl = tma = core = None
 
 __all__ = [
-    "KernelFacts", "aggregate", "capability", "cta_barrier", "has_gluon", "has_triton", "interpreting", "offline",
-    "read_facts", "sm_count", "start", "tma_load", "triton_version",
+    "KernelFacts",
+    "aggregate",
+    "capability",
+    "cta_barrier",
+    "has_gluon",
+    "has_triton",
+    "interpreting",
+    "offline",
+    "read_facts",
+    "sm_count",
+    "start",
+    "tma_load",
+    "triton_version",
 ]
 
 
 # What is installed
+
 
 @functools.cache
 def triton_version() -> tuple[int, int] | None:
@@ -121,6 +133,7 @@ def aggregate(cls: Any) -> Any:
 
 
 # Launching, and compiling offline
+
 
 @dataclass
 class _Offline:

@@ -35,8 +35,17 @@ class KernelLimit(ValueError):
 
 
 def mla_decode(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, seqlens: torch.Tensor,
-    mask: torch.Tensor | None, page_table: torch.Tensor | None, scale: float, causal: bool, *, impl: str = "gluon",
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    *,
+    impl: str = "gluon",
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q over the cache -> o [B, S, H, C] in q's dtype, lse [B, S, H] float32 (natural logarithm).
@@ -67,13 +76,23 @@ def mla_decode(
     refusal = _REFUSALS[impl](q_latent, q_rope, latent, k_rope)
     if refusal:
         raise KernelLimit(refusal)
-    return mla_decode_unchecked(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, impl=impl,
-                                splits=splits)
+    return mla_decode_unchecked(
+        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, impl=impl, splits=splits
+    )
 
 
 def mla_decode_unchecked(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, seqlens: torch.Tensor,
-    mask: torch.Tensor | None, page_table: torch.Tensor | None, scale: float, causal: bool, *, impl: str,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    *,
+    impl: str,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mla_decode` for a caller that has checked the contract and asked for the refusal itself."""
@@ -96,8 +115,21 @@ def mla_decode_unchecked(
         lse_part = torch.empty((requests, splits, rows), dtype=torch.float32, device=device)
     start = launch_gluon if impl == "gluon" else launch_triton
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        start(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, o_part, lse_part, capacity=capacity,
-              splits=splits, causal=causal, scale_log2=scale * LOG2_E)
+        start(
+            q_latent,
+            q_rope,
+            latent,
+            k_rope,
+            seqlens,
+            page_table,
+            mask,
+            o_part,
+            lse_part,
+            capacity=capacity,
+            splits=splits,
+            causal=causal,
+            scale_log2=scale * LOG2_E,
+        )
         if splits > 1:
             launch_combine(o_part, lse_part, o, lse)
     return o, lse
@@ -111,6 +143,7 @@ def pick_splits(programs: int, pages: int, sms: int, most: int = MAX_SPLITS) -> 
     better and costs a partial result a part. The count with the least of waves * (pages of a part + that cost), and not
     over `most`.
     """
+
     def duration(splits: int) -> int:
         waves = -(-programs * splits // sms)
         return waves * (-(-pages // splits) + (PARTIAL_COST if splits > 1 else 0))
@@ -123,14 +156,20 @@ def gluon_refusal(
 ) -> str | None:
     """Why the Gluon kernel can't take these arguments, or None. Reads metadata only; they must fit the contract."""
     if not launch.has_gluon():
-        return (f"Triton is {launch.triton_version() or 'not installed'}. The kernel is written in Gluon as of Triton "
-                "3.6. Install the Triton that torch 2.11 or later brings.")
+        return (
+            f"Triton is {launch.triton_version() or 'not installed'}. The kernel is written in Gluon as of Triton "
+            "3.6. Install the Triton that torch 2.11 or later brings."
+        )
     if launch.interpreting() or launch.capability(q_latent.device) != (9, 0):
-        return (f"q_latent is on {q_latent.device} of compute capability {launch.capability(q_latent.device)}. The "
-                "kernel uses instructions that only Hopper, (9, 0), has. Use impl='triton'.")
+        return (
+            f"q_latent is on {q_latent.device} of compute capability {launch.capability(q_latent.device)}. The "
+            "kernel uses instructions that only Hopper, (9, 0), has. Use impl='triton'."
+        )
     if q_latent.dtype not in (torch.bfloat16, torch.float16):
-        return (f"The dtype is {q_latent.dtype}. The kernel multiplies on tensor cores in 16 bits. "
-                "Convert to bfloat16 or float16, or use impl='triton'.")
+        return (
+            f"The dtype is {q_latent.dtype}. The kernel multiplies on tensor cores in 16 bits. "
+            "Convert to bfloat16 or float16, or use impl='triton'."
+        )
     widths = q_latent.shape[-1], q_rope.shape[-1]
     if widths != (512, 64):
         return f"Latent and rope are {widths} wide. The kernel's tiles are made for (512, 64). Use impl='triton'."
@@ -138,8 +177,10 @@ def gluon_refusal(
         # In elements: 8 of 2 bytes each. The stride of a dimension of size 1 is never used.
         steps = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
         if x.storage_offset() % 8 or any(stride % 8 or stride == 0 for stride in steps):
-            return (f"{name} {tuple(x.shape)} has strides {x.stride()} and offset {x.storage_offset()}. Tensor maps "
-                    "want multiples of 16 bytes (8 elements), not 0. Use impl='triton', or a contiguous copy.")
+            return (
+                f"{name} {tuple(x.shape)} has strides {x.stride()} and offset {x.storage_offset()}. Tensor maps "
+                "want multiples of 16 bytes (8 elements), not 0. Use impl='triton', or a contiguous copy."
+            )
     return None
 
 
@@ -150,16 +191,22 @@ def triton_refusal(
     if not launch.has_triton():
         return "Triton is not installed. The kernel is written in it. Install a CUDA build of torch, which brings it."
     if not launch.interpreting() and launch.capability(q_latent.device) is None:
-        return (f"q_latent is on {q_latent.device}. The kernel runs on CUDA devices. Move the tensors to one, "
-                "or set TRITON_INTERPRET=1 to debug it on the CPU.")
+        return (
+            f"q_latent is on {q_latent.device}. The kernel runs on CUDA devices. Move the tensors to one, "
+            "or set TRITON_INTERPRET=1 to debug it on the CPU."
+        )
     dtypes = [torch.float32, torch.float16] if launch.interpreting() else [torch.float32, torch.float16, torch.bfloat16]
     if q_latent.dtype not in dtypes:
-        return (f"The dtype is {q_latent.dtype}. The kernel computes in {', '.join(map(str, dtypes))} only "
-                "(Triton's interpreter gets bfloat16 wrong without a word). Convert to one of these.")
+        return (
+            f"The dtype is {q_latent.dtype}. The kernel computes in {', '.join(map(str, dtypes))} only "
+            "(Triton's interpreter gets bfloat16 wrong without a word). Convert to one of these."
+        )
     widths = q_latent.shape[-1], q_rope.shape[-1]
     if any(w < 16 or w & (w - 1) for w in widths) or widths[0] > 512:
-        return (f"Latent and rope are {widths} wide. The kernel's tiles are powers of two, from 16 on, the latent's up "
-                "to 512. Pad with zeros, which changes no score.")
+        return (
+            f"Latent and rope are {widths} wide. The kernel's tiles are powers of two, from 16 on, the latent's up "
+            "to 512. Pad with zeros, which changes no score."
+        )
     return None
 
 
@@ -169,51 +216,85 @@ _REFUSALS = {"gluon": gluon_refusal, "triton": triton_refusal}
 def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, splits) -> None:
     tensors = (q_latent, q_rope, latent, k_rope)
     names = "q_latent, q_rope, latent and k_rope"
-    if (q_latent.dim() != 4 or latent.dim() != 3 or q_latent.shape[:3] != q_rope.shape[:3]
-            or latent.shape[:2] != k_rope.shape[:2] or q_latent.shape[3] != latent.shape[2]
-            or q_rope.shape[3] != k_rope.shape[2]):
-        raise BadArguments(f"{names} are {', '.join(str(tuple(x.shape)) for x in tensors)}. They must agree on the "
-                           "numbers of queries, of keys and of columns. Pass [B, S, H, C], [B, S, H, R], [B, T, C] and "
-                           "[B, T, R], the last two [P, 64, ...] when paged.")
+    if (
+        q_latent.dim() != 4
+        or latent.dim() != 3
+        or q_latent.shape[:3] != q_rope.shape[:3]
+        or latent.shape[:2] != k_rope.shape[:2]
+        or q_latent.shape[3] != latent.shape[2]
+        or q_rope.shape[3] != k_rope.shape[2]
+    ):
+        raise BadArguments(
+            f"{names} are {', '.join(str(tuple(x.shape)) for x in tensors)}. They must agree on the "
+            "numbers of queries, of keys and of columns. Pass [B, S, H, C], [B, S, H, R], [B, T, C] and "
+            "[B, T, R], the last two [P, 64, ...] when paged."
+        )
     if not q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype:
-        raise BadArguments(f"{names} are {', '.join(str(x.dtype) for x in tensors)}. Products are taken of equal "
-                           "dtypes. Convert the queries to the cache's.")
+        raise BadArguments(
+            f"{names} are {', '.join(str(x.dtype) for x in tensors)}. Products are taken of equal "
+            "dtypes. Convert the queries to the cache's."
+        )
     if not q_latent.stride(3) == q_rope.stride(3) == latent.stride(2) == k_rope.stride(2) == 1:
-        raise BadArguments(f"{names} have column strides {[x.stride(-1) for x in tensors]}. Rows are read in one "
-                           "piece. Pass tensors whose last dimension is contiguous.")
+        raise BadArguments(
+            f"{names} have column strides {[x.stride(-1) for x in tensors]}. Rows are read in one "
+            "piece. Pass tensors whose last dimension is contiguous."
+        )
     others = [x for x in (seqlens, mask, page_table) if x is not None]
     if any(x.device != q_latent.device for x in (*tensors, *others)):
-        raise BadArguments(f"Tensors are on {sorted({str(x.device) for x in (*tensors, *others)})}. One kernel reads "
-                           "them all. Move them to one device.")
+        raise BadArguments(
+            f"Tensors are on {sorted({str(x.device) for x in (*tensors, *others)})}. One kernel reads "
+            "them all. Move them to one device."
+        )
     requests, s_q = q_latent.shape[:2]
-    if seqlens.dtype != torch.int32 or seqlens.shape != (requests, ) or not seqlens.is_contiguous():
-        raise BadArguments(f"seqlens is {seqlens.dtype} {tuple(seqlens.shape)} with strides {seqlens.stride()}. The "
-                           f"kernel reads one 32-bit length a request. Pass a contiguous int32 tensor of {requests}.")
+    if seqlens.dtype != torch.int32 or seqlens.shape != (requests,) or not seqlens.is_contiguous():
+        raise BadArguments(
+            f"seqlens is {seqlens.dtype} {tuple(seqlens.shape)} with strides {seqlens.stride()}. The "
+            f"kernel reads one 32-bit length a request. Pass a contiguous int32 tensor of {requests}."
+        )
     keys = latent.shape[1] if page_table is None else _check_pages(requests, latent, page_table)
     if page_table is None and latent.shape[0] != requests:
-        raise BadArguments(f"latent is {tuple(latent.shape)} for {requests} requests. Without a page table, each has "
-                           f"rows of its own. Pass [{requests}, T, C], or a page table.")
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 3 or any(
-            size not in (1, full) for size, full in zip(mask.shape, (requests, s_q, keys)))):
-        raise BadArguments(f"mask is {mask.dtype} {tuple(mask.shape)} where queries and keys make "
-                           f"{(requests, s_q, keys)}. It says of each key whether a query may see it. Pass bool, each "
-                           "size that one or 1.")
+        raise BadArguments(
+            f"latent is {tuple(latent.shape)} for {requests} requests. Without a page table, each has "
+            f"rows of its own. Pass [{requests}, T, C], or a page table."
+        )
+    if mask is not None and (
+        mask.dtype != torch.bool
+        or mask.dim() != 3
+        or any(size not in (1, full) for size, full in zip(mask.shape, (requests, s_q, keys)))
+    ):
+        raise BadArguments(
+            f"mask is {mask.dtype} {tuple(mask.shape)} where queries and keys make "
+            f"{(requests, s_q, keys)}. It says of each key whether a query may see it. Pass bool, each "
+            "size that one or 1."
+        )
     if not scale > 0:
-        raise BadArguments(f"scale is {scale}. The running maximum is taken of unscaled scores, which a scale of 0 or "
-                           "below would turn round. Scale the queries instead.")
+        raise BadArguments(
+            f"scale is {scale}. The running maximum is taken of unscaled scores, which a scale of 0 or "
+            "below would turn round. Scale the queries instead."
+        )
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
-        raise BadArguments(f"splits is {splits}. At most {MAX_SPLITS} partial results are joined at once. Use 1 to "
-                           f"{MAX_SPLITS}, or None.")
+        raise BadArguments(
+            f"splits is {splits}. At most {MAX_SPLITS} partial results are joined at once. Use 1 to "
+            f"{MAX_SPLITS}, or None."
+        )
 
 
 def _check_pages(requests: int, latent: torch.Tensor, page_table: torch.Tensor) -> int:
     """-> the keys that a request's pages have room for."""
     if latent.shape[1] != PAGE:
-        raise BadArguments(f"latent is {tuple(latent.shape)} with a page table. The kernels step through pages of "
-                           f"{PAGE} rows. Pass [P, {PAGE}, C].")
-    if (page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.shape[0] != requests
-            or page_table.stride(1) != 1):
-        raise BadArguments(f"page_table is {page_table.dtype} {tuple(page_table.shape)} with strides "
-                           f"{page_table.stride()}. The kernel reads a row of 32-bit page numbers a request. Pass "
-                           f"int32 [{requests}, max_pages] with contiguous rows.")
+        raise BadArguments(
+            f"latent is {tuple(latent.shape)} with a page table. The kernels step through pages of "
+            f"{PAGE} rows. Pass [P, {PAGE}, C]."
+        )
+    if (
+        page_table.dtype != torch.int32
+        or page_table.dim() != 2
+        or page_table.shape[0] != requests
+        or page_table.stride(1) != 1
+    ):
+        raise BadArguments(
+            f"page_table is {page_table.dtype} {tuple(page_table.shape)} with strides "
+            f"{page_table.stride()}. The kernel reads a row of 32-bit page numbers a request. Pass "
+            f"int32 [{requests}, max_pages] with contiguous rows."
+        )
     return PAGE * page_table.shape[1]

@@ -188,8 +188,8 @@ def _lead(outputs, mask, b, g, HAS_MASK: gl.constexpr, STAGES: gl.constexpr):
     if HAS_MASK:
         mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t = mask
         mask_row = mask_ptr + w.request.to(gl.int64) * mask_stride_b + query.to(gl.int64) * mask_stride_s
-    m = gl.full((64, ), -float("inf"), gl.float32, gl.SliceLayout(1, QK))
-    l = gl.full((64, ), 0.0, gl.float32, gl.SliceLayout(1, QK))
+    m = gl.full((64,), -float("inf"), gl.float32, gl.SliceLayout(1, QK))
+    l = gl.full((64,), 0.0, gl.float32, gl.SliceLayout(1, QK))
     acc = gl.zeros((64, 256), gl.float32, PV)
     stage = 0
     phase = 0
@@ -264,14 +264,47 @@ def _follow(o_ptr, b, g, STAGES: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["table_stride", "capacity", "mask_stride_b", "mask_stride_s", "mask_stride_t", "tiles", "splits",
-                       "rows", "heads", "s_q", "causal"],
+    do_not_specialize=[
+        "table_stride",
+        "capacity",
+        "mask_stride_b",
+        "mask_stride_s",
+        "mask_stride_t",
+        "tiles",
+        "splits",
+        "rows",
+        "heads",
+        "s_q",
+        "causal",
+    ],
     do_not_specialize_on_alignment=["seqlens_ptr", "table_ptr", "mask_ptr"],
 )
-def mla_decode_gluon_kernel(q_latent, q_rope, latent, k_rope, o_ptr, lse_ptr, seqlens_ptr, table_ptr, table_stride,
-                            capacity, mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t, tiles, splits, rows, heads,
-                            s_q, causal, scale_log2, PAGED: gl.constexpr, HAS_MASK: gl.constexpr,
-                            STAGES: gl.constexpr):
+def mla_decode_gluon_kernel(
+    q_latent,
+    q_rope,
+    latent,
+    k_rope,
+    o_ptr,
+    lse_ptr,
+    seqlens_ptr,
+    table_ptr,
+    table_stride,
+    capacity,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_s,
+    mask_stride_t,
+    tiles,
+    splits,
+    rows,
+    heads,
+    s_q,
+    causal,
+    scale_log2,
+    PAGED: gl.constexpr,
+    HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Formula, arguments and roles: at the head of this file."""
     DTYPE: gl.constexpr = latent.dtype
     HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 256], DTYPE)
@@ -303,8 +336,12 @@ def mla_decode_gluon_kernel(q_latent, q_rope, latent, k_rope, o_ptr, lse_ptr, se
     g = Problem(seqlens_ptr, table_ptr, table_stride, capacity, tiles, splits, rows, heads, s_q, causal, scale_log2)
     mask = (mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t)
     # Registers of the workers: with the rest for `lead` they use up the 504 = 3 * 168 of `maxnreg`.
-    gl.warp_specialize([
-        (_lead, ((o_ptr, lse_ptr), mask, b, g, HAS_MASK, STAGES)),
-        (_follow, (o_ptr, b, g, STAGES)),
-        (_load, ((q_latent, q_rope, latent, k_rope), b, g, PAGED, STAGES)),
-    ], [4, 1], [216, 32])
+    gl.warp_specialize(
+        [
+            (_lead, ((o_ptr, lse_ptr), mask, b, g, HAS_MASK, STAGES)),
+            (_follow, (o_ptr, b, g, STAGES)),
+            (_load, ((q_latent, q_rope, latent, k_rope), b, g, PAGED, STAGES)),
+        ],
+        [4, 1],
+        [216, 32],
+    )

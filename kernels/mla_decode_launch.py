@@ -21,9 +21,20 @@ def tile_rows(impl: str, rows: int, dtype: torch.dtype) -> int:
 
 
 def launch_gluon(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, seqlens: torch.Tensor,
-    page_table: torch.Tensor | None, mask: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, *,
-    capacity: int, splits: int, causal: bool, scale_log2: float,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    seqlens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    capacity: int,
+    splits: int,
+    causal: bool,
+    scale_log2: float,
 ) -> None:
     """One launch of the Gluon kernel. Fills o and lse, [B, splits, S*H, ...] in memory; mask is [B, S, keys] uint8.
 
@@ -35,19 +46,48 @@ def launch_gluon(
     rows = s_q * heads
     tiles = -(-rows // tile_rows("gluon", rows, q_latent.dtype))
     start(
-        mla_decode_gluon_kernel, (tiles * splits * requests, ),
-        _tensor_map(q_latent.flatten(1, 2), 256), _tensor_map(q_rope.flatten(1, 2), 64),
-        _tensor_map(latent, 256), _tensor_map(k_rope, 64), o, lse, seqlens,
-        *_table_arguments(page_table, seqlens), capacity, *_mask_arguments(mask, seqlens),
-        tiles, splits, rows, heads, s_q, int(causal), scale_log2,
-        PAGED=page_table is not None, HAS_MASK=mask is not None, STAGES=2, num_warps=4, maxnreg=168,
+        mla_decode_gluon_kernel,
+        (tiles * splits * requests,),
+        _tensor_map(q_latent.flatten(1, 2), 256),
+        _tensor_map(q_rope.flatten(1, 2), 64),
+        _tensor_map(latent, 256),
+        _tensor_map(k_rope, 64),
+        o,
+        lse,
+        seqlens,
+        *_table_arguments(page_table, seqlens),
+        capacity,
+        *_mask_arguments(mask, seqlens),
+        tiles,
+        splits,
+        rows,
+        heads,
+        s_q,
+        int(causal),
+        scale_log2,
+        PAGED=page_table is not None,
+        HAS_MASK=mask is not None,
+        STAGES=2,
+        num_warps=4,
+        maxnreg=168,
     )
 
 
 def launch_triton(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, seqlens: torch.Tensor,
-    page_table: torch.Tensor | None, mask: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, *,
-    capacity: int, splits: int, causal: bool, scale_log2: float,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    seqlens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    capacity: int,
+    splits: int,
+    causal: bool,
+    scale_log2: float,
 ) -> None:
     """One launch of the plain Triton kernel, arguments as for `launch_gluon`."""
     from dscompile.kernels.mla_decode_triton import mla_decode_triton_kernel
@@ -57,13 +97,37 @@ def launch_triton(
     tile = tile_rows("triton", rows, q_latent.dtype)
     tiles = -(-rows // tile)
     start(
-        mla_decode_triton_kernel, (tiles * splits * requests, ),
-        q_latent, q_rope, latent, k_rope, o, lse, seqlens,
-        *q_latent.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *k_rope.stride()[:2],
-        *_table_arguments(page_table, seqlens), capacity, *_mask_arguments(mask, seqlens),
-        tiles, splits, rows, heads, s_q, int(causal), scale_log2,
-        C=width, R=q_rope.shape[-1], TILE=tile, KEYS=16 if q_latent.dtype == torch.float32 else 32,
-        PAGED=page_table is not None, HAS_MASK=mask is not None, num_warps=tile // 4, num_stages=2,
+        mla_decode_triton_kernel,
+        (tiles * splits * requests,),
+        q_latent,
+        q_rope,
+        latent,
+        k_rope,
+        o,
+        lse,
+        seqlens,
+        *q_latent.stride()[:3],
+        *q_rope.stride()[:3],
+        *latent.stride()[:2],
+        *k_rope.stride()[:2],
+        *_table_arguments(page_table, seqlens),
+        capacity,
+        *_mask_arguments(mask, seqlens),
+        tiles,
+        splits,
+        rows,
+        heads,
+        s_q,
+        int(causal),
+        scale_log2,
+        C=width,
+        R=q_rope.shape[-1],
+        TILE=tile,
+        KEYS=16 if q_latent.dtype == torch.float32 else 32,
+        PAGED=page_table is not None,
+        HAS_MASK=mask is not None,
+        num_warps=tile // 4,
+        num_stages=2,
     )
 
 
@@ -74,8 +138,20 @@ def launch_combine(o_part: torch.Tensor, lse_part: torch.Tensor, o: torch.Tensor
     requests, splits, rows, width = o_part.shape
     padded = 1 << (splits - 1).bit_length()
     columns = width if splits <= 8 else min(width, 128)  # many parts come with few rows, and registers hold them all
-    start(combine_splits_kernel, (requests * rows, width // columns), o_part, lse_part, o, lse, rows, splits, C=width,
-          SPLITS=padded, COLUMNS=columns, num_warps=4 if splits <= 32 else 8)
+    start(
+        combine_splits_kernel,
+        (requests * rows, width // columns),
+        o_part,
+        lse_part,
+        o,
+        lse,
+        rows,
+        splits,
+        C=width,
+        SPLITS=padded,
+        COLUMNS=columns,
+        num_warps=4 if splits <= 32 else 8,
+    )
 
 
 def _table_arguments(page_table: torch.Tensor | None, stand_in: torch.Tensor) -> tuple:

@@ -32,16 +32,60 @@ def _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2):
 
 # Strides are left to Triton's specialisation: it vectorises loads only where it knows them to be multiples of 16.
 @triton.jit(
-    do_not_specialize=["table_stride", "capacity", "mask_stride_b", "mask_stride_s", "mask_stride_t", "tiles", "splits",
-                       "rows", "heads", "s_q", "causal"],
+    do_not_specialize=[
+        "table_stride",
+        "capacity",
+        "mask_stride_b",
+        "mask_stride_s",
+        "mask_stride_t",
+        "tiles",
+        "splits",
+        "rows",
+        "heads",
+        "s_q",
+        "causal",
+    ],
     do_not_specialize_on_alignment=["seqlens_ptr", "table_ptr", "mask_ptr"],
 )
-def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_ptr, seqlens_ptr,
-                             q_stride_b, q_stride_s, q_stride_h, q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
-                             k_stride_b, k_stride_t, k_rope_stride_b, k_rope_stride_t, table_ptr, table_stride,
-                             capacity, mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t, tiles, splits, rows,
-                             heads, s_q, causal, scale_log2, C: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-                             KEYS: tl.constexpr, PAGED: tl.constexpr, HAS_MASK: tl.constexpr):
+def mla_decode_triton_kernel(
+    q_ptr,
+    q_rope_ptr,
+    k_ptr,
+    k_rope_ptr,
+    o_ptr,
+    lse_ptr,
+    seqlens_ptr,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    q_rope_stride_b,
+    q_rope_stride_s,
+    q_rope_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_rope_stride_b,
+    k_rope_stride_t,
+    table_ptr,
+    table_stride,
+    capacity,
+    mask_ptr,
+    mask_stride_b,
+    mask_stride_s,
+    mask_stride_t,
+    tiles,
+    splits,
+    rows,
+    heads,
+    s_q,
+    causal,
+    scale_log2,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PAGED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
     """Formula, arguments and limits: at the heads of this file and of mla_decode_gluon.py."""
     tl.static_assert(64 % KEYS == 0, "a step must stay within one page of 64 keys")
     tile = tl.program_id(0) % tiles
@@ -64,8 +108,8 @@ def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_pt
     q_row = request * q_rope_stride_b + query.to(tl.int64) * q_rope_stride_s + head.to(tl.int64) * q_rope_stride_h
     q_rope = tl.load(q_rope_ptr + q_row[:, None] + r[None, :], mask=(row < rows)[:, None], other=0.0)
 
-    m = tl.full((TILE, ), -float("inf"), tl.float32)
-    l = tl.zeros((TILE, ), tl.float32)
+    m = tl.full((TILE,), -float("inf"), tl.float32)
+    l = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, C), tl.float32)
     for start_key in range(first * 64, end * 64, KEYS):
         key = start_key + tl.arange(0, KEYS)
@@ -77,8 +121,9 @@ def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_pt
             place = key.to(tl.int64)
         held = (key < length)[:, None]
         k = tl.load(k_ptr + (block * k_stride_b + place * k_stride_t)[:, None] + c[None, :], mask=held, other=0.0)
-        k_rope = tl.load(k_rope_ptr + (block * k_rope_stride_b + place * k_rope_stride_t)[:, None] + r[None, :],
-                         mask=held, other=0.0)
+        k_rope = tl.load(
+            k_rope_ptr + (block * k_rope_stride_b + place * k_rope_stride_t)[:, None] + r[None, :], mask=held, other=0.0
+        )
         visible = key[None, :] < limit[:, None]
         if HAS_MASK:
             mask_row = mask_ptr + request * mask_stride_b + query.to(tl.int64) * mask_stride_s
@@ -95,8 +140,9 @@ def mla_decode_triton_kernel(q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, o_ptr, lse_pt
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def combine_splits_kernel(o_part_ptr, lse_part_ptr, o_ptr, lse_ptr, rows, splits, C: tl.constexpr,
-                          SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+def combine_splits_kernel(
+    o_part_ptr, lse_part_ptr, o_ptr, lse_ptr, rows, splits, C: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Join the splits of one query row: o = sum_i w_i o_i / sum_i w_i, lse = ln sum_i w_i, with w_i = exp(lse_i).
 
     o_part [B, splits, rows, C] float32, lse_part [B, splits, rows] float32 -> o [B, rows, C] in its own dtype,

@@ -5,6 +5,7 @@ the tables that choose an implementation at run time, `heuristics` the predicted
 `errors` what a caller can do wrong. Importing this package registers nothing and imports no kernel:
 `dscompile.lowering.ops` registers, and kernels load at their first use.
 """
+
 from dscompile import refuse_bare_names
 
 refuse_bare_names()

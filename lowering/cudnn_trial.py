@@ -4,6 +4,7 @@ What cuDNN accepts depends on its version and the card in ways that no query tel
 not written down. So a small problem is run once for each device, dtype, pair of widths and kind of mask, forward and
 backward, and held against plain PyTorch; the answer is kept, and later calls pay a dictionary look-up.
 """
+
 from __future__ import annotations
 
 import math
@@ -46,7 +47,8 @@ def run_trial(device: torch.device, dtype: torch.dtype, D: int, V: int, mask_dty
         mask = mask > torch.finfo(dtype).min
     q, k, v, grad_o = (
         _wave(phase, length, width, dtype, device)
-        for phase, (length, width) in enumerate(((S, D), (T, D), (T, V), (S, V))))
+        for phase, (length, width) in enumerate(((S, D), (T, D), (T, V), (S, V)))
+    )
     scale = 1 / math.sqrt(D)
     try:
         o, lse = cudnn_forward(q, k, v, mask, scale, causal)

@@ -4,6 +4,7 @@
 and are imported when a CUDA tensor first asks for them: registering them here needs no Triton. Each kernel states its
 own limits; what the operator allows beyond the kernels' entry (a layout, a scale below zero) is settled here.
 """
+
 from __future__ import annotations
 
 import functools
@@ -19,8 +20,16 @@ _NAMES = "q_latent", "q_rope", "latent", "k_rope"
 
 
 def supports(
-    impl: str, q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
-    page_table: Tensor | None, scale: float, causal: bool,
+    impl: str,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> Decision:
     """Whether the kernel `impl` takes the arguments: CUDA tensors of contiguous columns, then its own limits."""
     if q_latent.device.type != "cuda":
@@ -36,7 +45,8 @@ def supports(
     from dscompile.kernels import mla_decode as kernels
 
     refusal = {"gluon": kernels.gluon_refusal, "triton": kernels.triton_refusal}[impl](
-        *(tensors if is_real(q_latent) else map(_concrete, tensors)))
+        *(tensors if is_real(q_latent) else map(_concrete, tensors))
+    )
     return no(refusal) if refusal else YES
 
 
@@ -44,12 +54,21 @@ def _concrete(x: Tensor) -> Any:
     """The metadata of a traced tensor in plain numbers, so that the kernels' own checks install no guards."""
     shape, strides, offset = tuple(map(size, x.shape)), tuple(map(size, x.stride())), size(x.storage_offset())
     return SimpleNamespace(
-        dtype=x.dtype, device=x.device, shape=shape, stride=lambda: strides, storage_offset=lambda: offset)
+        dtype=x.dtype, device=x.device, shape=shape, stride=lambda: strides, storage_offset=lambda: offset
+    )
 
 
 def run(
-    impl: str, q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
-    page_table: Tensor | None, scale: float, causal: bool,
+    impl: str,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't.
 
@@ -60,7 +79,8 @@ def run(
 
     page_table = None if page_table is None else page_table.contiguous()
     return kernels.mla_decode_unchecked(
-        q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, impl=impl)
+        q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, impl=impl
+    )
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ Every message says what was found (with shapes), why that can't be computed and 
 metadata only (shapes, strides, dtypes, devices), so they cost no synchronisation and are raised alike by an eager call
 and by the shape function at trace time.
 """
+
 from __future__ import annotations
 
 

@@ -10,6 +10,7 @@ broadcast copy. The query's two parts are taken in place where they lie side by 
 
 Implementations registered here: `cudnn` and `efficient`, for the operators `mla` and `mla_backward`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -36,8 +37,7 @@ class Backend:
     backward_refusal: Callable[[int, int, bool], str] = lambda S, T, causal: ""
 
 
-CUDNN = Backend(
-    torch_attention.cudnn_forward, torch_attention.cudnn_backward, torch_attention.cudnn_backward_refusal)
+CUDNN = Backend(torch_attention.cudnn_forward, torch_attention.cudnn_backward, torch_attention.cudnn_backward_refusal)
 EFFICIENT = Backend(torch_attention.efficient_forward, torch_attention.efficient_backward)
 
 
@@ -59,8 +59,16 @@ def expand(latent_BTC: Tensor, k_rope_BTR: Tensor, w_uk_HNC: Tensor, w_uv_HVC: T
 
 
 def forward(
-    backend: Backend, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor,
-    mask: Tensor | None, scale: float, causal: bool,
+    backend: Backend,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """`dsinfra::mla` through one backend."""
     k, v = expand(latent, k_rope, w_uk, w_uv)
@@ -68,8 +76,19 @@ def forward(
 
 
 def backward(
-    backend: Backend, grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor,
-    w_uv: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
+    backend: Backend,
+    grad_o: Tensor,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`dsinfra::mla_backward` through one backend."""
     k, v = expand(latent, k_rope, w_uk, w_uv)
@@ -106,8 +125,15 @@ def project_back(
 
 
 def supports_cudnn(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
-    scale: float, causal: bool,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> Decision:
     """16-bit, widths that cuDNN has kernels for, any mask of its dtype; a trial run settles the rest where there is
     data."""
@@ -120,8 +146,15 @@ def supports_cudnn(
 
 
 def supports_efficient(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
-    scale: float, causal: bool,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> Decision:
     """Any mask that torch's memory-efficient kernel takes, float32 included."""
     B, H, S, T, D, V = _sizes(q_nope, q_rope, latent, w_uv)
@@ -135,8 +168,20 @@ def _sizes(q_nope: Tensor, q_rope: Tensor, latent: Tensor, w_uv: Tensor) -> tupl
 
 
 def _supports_backward(
-    backend: Backend, supports: Callable[..., Decision], grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor,
-    k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
+    backend: Backend,
+    supports: Callable[..., Decision],
+    grad_o: Tensor,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> Decision:
     if torch.are_deterministic_algorithms_enabled():
         return no("its backward adds in no fixed order, and torch.use_deterministic_algorithms is on")
@@ -151,4 +196,5 @@ def register() -> None:
     for name, backend, supports in (("cudnn", CUDNN, supports_cudnn), ("efficient", EFFICIENT, supports_efficient)):
         table("mla").register(name, supports, functools.partial(forward, backend))
         table("mla_backward").register(
-            name, functools.partial(_supports_backward, backend, supports), functools.partial(backward, backend))
+            name, functools.partial(_supports_backward, backend, supports), functools.partial(backward, backend)
+        )

@@ -8,6 +8,7 @@ costing the larger of its arithmetic and its traffic.
 
 B requests, S query length, T rows of the cache, H heads, N nope, R rope, V value, C latent; times in seconds.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -73,8 +74,19 @@ def _roofline(flops: float, rate: float, bytes_moved: float, card: Card) -> floa
 
 
 def expanded_cost(
-    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
-    causal: bool = True, masked: bool = False,
+    B: int,
+    S: int,
+    T: int,
+    H: int,
+    N: int,
+    R: int,
+    V: int,
+    C: int,
+    dtype_bytes: int = 2,
+    card: Card = H100,
+    *,
+    causal: bool = True,
+    masked: bool = False,
 ) -> float:
     """Seconds of the expanded form: up-projections over all T rows, then attention over N + R / V wide heads.
 
@@ -90,7 +102,17 @@ def expanded_cost(
 
 
 def absorbed_cost(
-    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
+    B: int,
+    S: int,
+    T: int,
+    H: int,
+    N: int,
+    R: int,
+    V: int,
+    C: int,
+    dtype_bytes: int = 2,
+    card: Card = H100,
+    *,
     causal: bool = True,
 ) -> float:
     """Seconds of the absorbed form: two GEMMs on the query side, then attention over the latent, read once.
@@ -106,8 +128,20 @@ def absorbed_cost(
 
 
 def prefer_absorbed(
-    B: int, S: int, T: int, H: int, N: int, R: int, V: int, C: int, dtype_bytes: int = 2, card: Card = H100, *,
-    causal: bool = True, masked: bool = False, length: bool = False,
+    B: int,
+    S: int,
+    T: int,
+    H: int,
+    N: int,
+    R: int,
+    V: int,
+    C: int,
+    dtype_bytes: int = 2,
+    card: Card = H100,
+    *,
+    causal: bool = True,
+    masked: bool = False,
+    length: bool = False,
 ) -> tuple[bool, str]:
     """Whether to absorb the up-projection, and why, with both predicted times.
 
@@ -123,4 +157,5 @@ def prefer_absorbed(
     margin = f"; above {_FEW_QUERIES} queries absorbed must take less than {_MARGIN} of expanded" if many else ""
     return better, (
         f"{'absorbed' if better else 'expanded'}: {absorbed * 1e6:.1f} us absorbed against {expanded * 1e6:.1f} us "
-        f"expanded predicted on {card.name} (B {B}, S {S}, T {T}, H {H}{mask}{margin})")
+        f"expanded predicted on {card.name} (B {B}, S {S}, T {T}, H {H}{mask}{margin})"
+    )

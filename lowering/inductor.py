@@ -74,7 +74,7 @@ def patches(mode: str | None, options: dict[str, Any], key: str) -> dict[str, An
     """Inductor settings of one compilation: the mode's, the user's own, and our stamp."""
     found = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     found |= {name.replace("-", "_"): value for name, value in options.items()}
-    before = found.get(HOOK, torch._inductor.config.get_config_copy()[HOOK])
+    before = found.get(HOOK, getattr(torch._inductor.config, HOOK))
     found[HOOK] = Stamp(sources_digest() + key, before)
     return found
 

@@ -5,6 +5,7 @@ MLA's queries and keys have two parts, nope and rope, that the attention kernels
 bound by memory long before such copies are free: at 128 heads and 4096 queries one pass over q costs a tenth of the
 attention itself. Strides are looked at when the operator runs, on real tensors, so this holds whatever Inductor chose.
 """
+
 from __future__ import annotations
 
 import torch
@@ -59,5 +60,9 @@ def copy_rows(out: Tensor, source: Tensor) -> None:
 def _holds_words(x: Tensor) -> bool:
     per_word = _WORD.itemsize // x.element_size()
     return (
-        x.stride(-1) == 1 and x.shape[-1] % per_word == 0 and x.storage_offset() % per_word == 0
-        and all(stride % per_word == 0 for stride in x.stride()[:-1]) and x.data_ptr() % _WORD.itemsize == 0)
+        x.stride(-1) == 1
+        and x.shape[-1] % per_word == 0
+        and x.storage_offset() % per_word == 0
+        and all(stride % per_word == 0 for stride in x.stride()[:-1])
+        and x.data_ptr() % _WORD.itemsize == 0
+    )

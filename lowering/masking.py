@@ -15,6 +15,7 @@ which their backward computes p = exp(score - lse). Three things stand between a
 
 Rows are described by their *top*, the highest value that the mask has in them: -inf is dead, up to the floor is flat.
 """
+
 from __future__ import annotations
 
 import math

@@ -6,6 +6,7 @@ supports everything. Checks read metadata only (shapes, strides, dtypes, devices
 too and a compile-time report can name the kernel and say why each better one was skipped. Symbolic sizes are judged at
 their hint, without a guard.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -72,7 +73,9 @@ class Table:
         if name in self._implementations:
             raise DuplicateImplementation(
                 f"{self.op}: an implementation named {name!r} exists already, among {list(self.names)}",
-                "A name must pick one implementation", "Register under another name")
+                "A name must pick one implementation",
+                "Register under another name",
+            )
         entries = list(self._implementations.items())
         position = len(entries) if before is None else self.names.index(self.get(before).name)
         entries.insert(position, (name, Implementation(name, supports, run)))
@@ -84,8 +87,10 @@ class Table:
             return self._implementations[name]
         except KeyError:
             raise UnknownImplementation(
-                f"{self.op}: no implementation is named {name!r}", "Only registered implementations can be chosen",
-                f"Use one of {list(self.names)}") from None
+                f"{self.op}: no implementation is named {name!r}",
+                "Only registered implementations can be chosen",
+                f"Use one of {list(self.names)}",
+            ) from None
 
     def choose(self, args: tuple) -> tuple[Implementation, list[tuple[str, str]]]:
         """-> the implementation for `args`, and (name, reason) of each one in front of it that was skipped."""
@@ -96,7 +101,8 @@ class Table:
                 raise NotSupported(
                     f"{self.op}: {self._forced.name!r} is forced but {decision.reason}",
                     "A forced implementation isn't replaced silently",
-                    "Leave the choice to the table, or change the arguments")
+                    "Leave the choice to the table, or change the arguments",
+                )
             return self._forced, skipped
         for implementation in self._implementations.values():
             decision = implementation.supports(*args)
@@ -105,7 +111,9 @@ class Table:
             skipped.append((implementation.name, decision.reason))
         raise NotSupported(
             f"{self.op}: none of {list(self.names)} takes these arguments ({'; '.join(': '.join(s) for s in skipped)})",
-            "The table of this operator has no implementation that supports everything", "Register the reference last")
+            "The table of this operator has no implementation that supports everything",
+            "Register the reference last",
+        )
 
     def run(self, *args: Any) -> Any:
         """Choose and call."""
@@ -125,8 +133,10 @@ def table(op: str) -> Table:
 def _known_table(op: str) -> Table:
     if op not in _TABLES:
         raise UnknownImplementation(
-            f"no operator named {op!r} has a table", "Only operators that choose at run time have one",
-            f"Use one of {sorted(_TABLES)}")
+            f"no operator named {op!r} has a table",
+            "Only operators that choose at run time have one",
+            f"Use one of {sorted(_TABLES)}",
+        )
     return _TABLES[op]
 
 

@@ -9,6 +9,7 @@ All functions take q [B,H,S,D] with contiguous, aligned rows, k [B,H,T,D] and v 
 [B,T,H,.], and give o [B,H,S,V] as the transpose of a contiguous [B,S,H,V] and lse [B,H,S] float32, natural log; a row
 that sees nothing gives 0 and -inf. A mask is bool or of q's dtype and broadcasts to [B,H,S,T]; see `masking`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -62,7 +63,14 @@ def cudnn_forward(
 
 
 def cudnn_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v; the mask gets none. The parts of a cut causal forward are differentiated with the whole
@@ -99,14 +107,36 @@ def _cudnn_forward(
 
 
 def _cudnn_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, o: Tensor, lse: Tensor, scale: float,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # torch caches the plan by the strides of q, k, v and bias alone: o, grad_o and lse must come in one layout always.
     random_state = torch.empty((), dtype=torch.int64, device=q.device)  # read by dropout only
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        in_bshd(grad_o), q, k, v, in_bshd(o), lse.contiguous().unsqueeze(-1), random_state, random_state, bias, None,
-        None, q.shape[2], k.shape[2], 0.0, causal, scale=scale)
+        in_bshd(grad_o),
+        q,
+        k,
+        v,
+        in_bshd(o),
+        lse.contiguous().unsqueeze(-1),
+        random_state,
+        random_state,
+        bias,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        scale=scale,
+    )
 
 
 def cudnn_refusal(
@@ -170,8 +200,19 @@ def efficient_forward(
     """torch's memory-efficient attention: with a mask operand (bool or q's dtype), or causal without one."""
     B, H, S, _ = q.shape
     o, lse, *_ = _aten._efficient_attention_forward(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), _efficient_bias(mask, q, k.shape[2]), None, None, None,
-        None, 0.0, _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK, True, scale=scale)
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        _efficient_bias(mask, q, k.shape[2]),
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK,
+        True,
+        scale=scale,
+    )
     lse = lse[:, :, :S]
     if mask is not None:  # in dead rows the kernel writes o = 0, lse = 0
         lse = masking.true_lse(lse, masking.row_tops(mask), q.dtype)
@@ -179,7 +220,14 @@ def efficient_forward(
 
 
 def efficient_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, o: Tensor, lse: Tensor, scale: float,
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of q, k, v; the mask gets none."""
@@ -189,9 +237,24 @@ def efficient_backward(
     lse = F.pad(lse, (0, -S % _LSE_ALIGNMENT), value=math.inf)
     random_state = torch.empty((), dtype=torch.int64, device=q.device)  # read by dropout only
     dq, dk, dv, _ = _aten._efficient_attention_backward(
-        in_bshd(grad_o).transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        _efficient_bias(mask, q, T), o.transpose(1, 2), None, None, S, T, lse, 0.0, random_state, random_state,
-        _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK, False, scale=scale)
+        in_bshd(grad_o).transpose(1, 2),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        _efficient_bias(mask, q, T),
+        o.transpose(1, 2),
+        None,
+        None,
+        S,
+        T,
+        lse,
+        0.0,
+        random_state,
+        random_state,
+        _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK,
+        False,
+        scale=scale,
+    )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -200,7 +263,15 @@ def _efficient_bias(mask: Tensor | None, q: Tensor, T: int) -> Tensor | None:
 
 
 def efficient_refusal(
-    device: torch.device, dtype: torch.dtype, mask: Tensor | None, B: int, H: int, S: int, T: int, D: int, V: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    B: int,
+    H: int,
+    S: int,
+    T: int,
+    D: int,
+    V: int,
     causal: bool,
 ) -> str:
     """Why efficient attention can't take these sizes and this mask, or an empty string."""

@@ -33,7 +33,7 @@ def hint(size: int | torch.SymInt) -> int:
 def run(bound: list[Bindings]) -> PassRecord:
     """Absorbs every bound site where it pays; the others keep ``mla`` with the reason in their decision."""
     record = PassRecord(NAME)
-    lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node]] = {}
+    lengths: dict[tuple, tuple[fx.Node | None, fx.Node]] = {}
     for site in bound:
         if not isinstance(site.structure, Structure):
             continue
@@ -80,7 +80,7 @@ def _cheaper(site: Bindings) -> tuple[bool, str]:
     )
 
 
-def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node]]) -> None:
+def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]) -> None:
     """Writes the absorbed form behind the operator and lets its readers use it."""
     q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal = site.node.args
     e = Emitter(site.node)
@@ -89,13 +89,8 @@ def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node
         if site.pages is not None:
             assert isinstance(site.structure, Structure)
             latent, k_rope, table = _paged(e, site.pages, site.structure)
-        key = mask if isinstance(mask, fx.Node) else latent
-        if mask is not None and key in lengths:
-            operand, seqlens = lengths[key]
-        else:
-            operand, seqlens = decode_mask(e, site.mask, mask, site.node.args[2])
-            if mask is not None:
-                lengths[key] = (operand, seqlens)
+        key = (mask, site.mask_version, site.mask.kind)
+        operand, seqlens = lengths.get(key) or decode_mask(e, site.mask, mask, site.node.args[2])
         q_latent = e.call(aten.einsum.default, "bhsn,hnc->bshc", [q_nope, w_uk])
         q_turned = e.call(aten.transpose.int, q_rope, 1, 2)
         decode = torch.ops.dsinfra.mla_decode.default
@@ -108,6 +103,8 @@ def _absorb(site: Bindings, lengths: dict[fx.Node, tuple[fx.Node | None, fx.Node
     except Exception as error:
         e.undo()
         raise Unsupported(f"the absorbed form could not be written: {error}") from error
+    if mask is not None:
+        lengths[key] = (operand, seqlens)
     site.out.replace_all_uses_with(o)
     site.module.graph.erase_node(site.out)
     site.module.graph.erase_node(site.node)  # ours, pure, and without readers now

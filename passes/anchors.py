@@ -206,6 +206,8 @@ class _Reader:
         self.intact(node, time)
         at = self.memory.position[node]
         if node.target in CASTS:
+            if node.meta["val"].dtype.itemsize < node.args[0].meta["val"].dtype.itemsize:
+                raise NotBilinear(f"scores are rounded to {node.meta['val'].dtype}", node)
             return self.scores(node.args[0], at)
         if node.target in PRODUCTS:
             return _product(node)
@@ -228,8 +230,8 @@ class _Reader:
         if not isinstance(factor, (int, float)):
             raise NotBilinear("scores are scaled by a tensor", node)
         scores = self.scores(left, time)
-        if scores.mask is not None and not scores.inverted and scores.mask.meta["val"].dtype != torch.bool:
-            raise Unsupported("scaling behind an additive mask", node)
+        if scores.mask is not None:
+            raise Unsupported("scaling behind a mask", node)
         scores.scale *= float(factor) if "mul" in str(node.target) else 1.0 / float(factor)
         return scores
 
@@ -243,6 +245,8 @@ class _Reader:
         except Refusal:
             if first.mask is not None:
                 raise Unsupported("two masks are added", node) from None
+            if b.meta["val"].dtype == torch.bool:
+                raise NotBilinear("a boolean is added to the scores: it hides nothing", node) from None
             first.mask = b
             return first
         if first.labels != second.labels or first.scale != second.scale or first.mask or second.mask:

@@ -61,6 +61,7 @@ class Bindings:
     pages: tuple[Read, Read] | None = None
     fused: fx.Node | None = None  # the weight [H * (N + V), C] that holds both up-projections, if one does
     training: bool = False
+    mask_version: int = 0  # two sites share a count of the mask only if nothing wrote it in between
     notes: list[str] = field(default_factory=list)
 
 
@@ -197,7 +198,10 @@ class Binder:
         pages = (plan["latent_pages"], plan["rope_pages"]) if {"latent_pages", "rope_pages"} <= plan.keys() else None
         out = e.item(node, 0)
         fused = self._fused(plan, s, dtype)
-        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, pages, fused, self.training)
+        version = 0
+        if match.mask.node is not None:
+            version = self.memory.version(match.mask.node, self.memory.position[match.attention.softmax])
+        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, pages, fused, self.training, version)
 
     def _fused(self, plan: dict[str, Read], s: Structure, dtype: torch.dtype) -> fx.Node | None:
         """The matrix whose rows are exactly the heads' blocks of both up-projections."""
@@ -284,17 +288,15 @@ def decode_mask(e: Emitter, mask: Mask, node: fx.Node | None, latent: fx.Node) -
     batch, keys = e.size(latent, 0), e.size(latent, 1)
     if node is None:
         return None, e.call(aten.full.default, [batch], keys, dtype=torch.int32, device=_device(latent))
-    rank = e.rank(node)
     if node.meta["example_value"].dtype != torch.bool:
         if mask.kind != "length":
             raise Unsupported("an additive mask has no absorbed form", mask.node)
         node = e.call(aten.eq.Scalar, node, 0)  # proved to be 0 where visible, else below -1e4
-    if rank == 4:
-        if node.meta["example_value"].shape[1] != 1:
-            raise Unsupported("a mask that differs between heads", mask.node)
-        node = e.call(aten.squeeze.dim, node, 1)
-    while e.rank(node) < 3:
+    while e.rank(node) < 4:
         node = e.call(aten.unsqueeze.default, node, 0)
+    if node.meta["example_value"].shape[1] != 1:
+        raise Unsupported("a mask that differs between heads", mask.node)
+    node = e.call(aten.squeeze.dim, node, 1)
     queries = node.meta["example_value"].shape[1]
     if mask.kind == "length":
         row = e.call(aten.select.int, node, 1, queries - 1)

@@ -16,7 +16,7 @@ raises :class:`Unknown`, and the mask stays an operand. Data movement is the tab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -260,7 +260,7 @@ class Evaluate:
         rule = RULES.get(name)
         if rule is None:
             raise Unknown(f"`{node.target}` has no exact form")
-        return rule(self, node, p)
+        return _fits(rule(self, node, p), (node.meta["val"].dtype,))
 
     def _input(self, p: Points) -> Value:
         """An element of an input tensor: an unknown of its own (by tensor, version and flat index)."""
@@ -275,6 +275,8 @@ class Evaluate:
     # ---- rules that need more than elementwise arithmetic
 
     def arange(self, node: fx.Node, p: Points) -> Value:
+        if any(isinstance(a, float) for a in node.args):
+            raise Unknown("an arange in fractions")
         args = [self.sizes.number(a) for a in node.args]
         start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
         return Number(start + step * p.coords[0])
@@ -397,8 +399,22 @@ def _operator(node: fx.Node) -> str:
     return ALIASES.get(name, name)
 
 
+_EXACT = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
+
+
+def _fits(value: Value, dtypes: Iterable[torch.dtype]) -> Value:
+    """The value, if it is the same number in each dtype: narrow ones round and wrap, so they may hold only 0, 1 and
+    what hides a key."""
+    if isinstance(value, Number) and any(d not in _EXACT for d in dtypes):
+        plain = (value.const == 0) | (value.const == 1) | (value.const <= -1.0e4)
+        if not value.known or not plain.all():
+            raise Unknown("arithmetic in a narrow dtype")
+    return value
+
+
 def _through_casts(value: Value, p: Points) -> Value:
     """What the casts on the way do to a value; integers and truths pass unchanged."""
+    _fits(value, p.casts)
     if not isinstance(value, Number) or not p.casts:
         return value
     if torch.bool in p.casts:

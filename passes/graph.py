@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 _FIRST = (3, 5, 7, 11, 13, 17, 19, 23)
-_SECOND = (29, 31, 37, 41, 43, 47, 53, 59)
+_SECOND = (257, 263, 269, 271, 277, 281, 283, 293)
 
 
 class Sizes:

@@ -50,7 +50,8 @@ class Write:
 class Memory:
     """Roots, writes and versions of one shadow graph."""
 
-    def __init__(self, graph: fx.Graph):
+    def __init__(self, graph: fx.Graph, training: bool = False):
+        self.training = training  # then a value behind a detach is not the value before it
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
         self.writes: dict[fx.Node, list[Write]] = defaultdict(list)

@@ -25,6 +25,8 @@ Observer = Callable[[str, str, fx.GraphModule], None]  # (pass, "before" | "afte
 
 PASSES = ("shadow", recognize_mla.NAME, absorb.NAME, lower.NAME)
 
+# In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
+_GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
 _ANCHORS = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
@@ -58,6 +60,9 @@ def run(
 
 def _run(module: fx.GraphModule, inputs: Sequence[object], outcome: Outcome, observe: Observer) -> None:
     training = recognize_mla.is_training(list(inputs))
+    if training and any(_name(node) in _GRADIENT_HOOKS for node in _nodes(module)):
+        outcome.records.append(PassRecord("shadow", note="gradients are changed by hooks or own autograd functions"))
+        return
     start = time.perf_counter()
     shadow = trace(module, inputs)
     outcome.records.append(PassRecord("shadow", seconds=time.perf_counter() - start))

@@ -310,6 +310,8 @@ class Pull:
                 return [replace(points, node=source)]  # the result of an in-place operator is its argument
             self._check_intact(points)
             return None
+        if self.memory.training and (node.target is aten.detach.default or node.meta.get("dsinfra_no_grad")):
+            raise Unsupported(f"no gradient flows through `{node.name}`", node)
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             self.seen.add(node.args[0])
         time = self._read_time(points)
@@ -333,7 +335,13 @@ class Pull:
         offset, met = 0, {p.node for p in hit}
         for part in node.args[0]:
             shape = self.sizes.shape(part)
-            length = 1 if node.target is aten.stack.default else shape[_dim(node, 1, "dim", rank)] if len(shape) == rank else 0
+            length = (
+                1
+                if node.target is aten.stack.default
+                else shape[_dim(node, 1, "dim", rank)]
+                if len(shape) == rank
+                else 0
+            )
             inside = length and offset <= along.max() and offset + length > along.min()
             if inside and part not in met:
                 raise Unsupported(f"`{part.name}`, a part of `{node.name}`, was not looked at", node)
@@ -382,7 +390,7 @@ class Pull:
         return out
 
     def _check_dense(self, node: fx.Node, coords: Coords) -> None:
-        """Refuses a write to a part of a dimension of which the points leave out positions: any could be overwritten."""
+        """Refuses a write to a part of a dimension in which the points leave out positions: it may hit those."""
         if node.target in (aten.slice.Tensor, aten.select.int):
             source = self.sizes.shape(node.args[0])
             dim = _dim(node, 1, "dim", len(source))

@@ -25,7 +25,7 @@ from dscompile.passes.absorbed_form import AbsorbedForm, prove_absorbed
 from dscompile.passes.anchors import Attention
 from dscompile.passes.bind import Binder, Bindings
 from dscompile.passes.facts import Evaluate
-from dscompile.passes.graph import assignments, module_path, source_line
+from dscompile.passes.graph import Sizes, assignments, module_path, source_line
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
@@ -35,6 +35,7 @@ from dscompile.passes.structure import Prover, Slot, Structure
 
 NAME = "recognize_mla"
 T = TypeVar("T")
+LONGEST = 5000  # symbolic sizes are tried up to about this length
 
 
 @dataclass
@@ -51,9 +52,9 @@ class Match:
 class Recognizer:
     """Proves the attentions of one shadow; identical layers are proved once."""
 
-    def __init__(self, shadow: Shadow):
+    def __init__(self, shadow: Shadow, training: bool = False):
         self.shadow = shadow
-        self.memory = Memory(shadow.graph)
+        self.memory = Memory(shadow.graph, training)
         self.sizes = assignments(shadow.graph)
         self.evaluators = [Evaluate(self.memory, s) for s in self.sizes]
         self._proofs: list[tuple[Attention, Structure, set[fx.Node], str]] = []
@@ -64,6 +65,8 @@ class Recognizer:
         """Structure, mask and report line of one attention; raises a Refusal."""
         absorbed = len(attention.terms) == 2
         mask = self._mask(attention)
+        if self.memory.training and any(n.meta.get("dsinfra_no_grad") for n in (anchor, attention.out)):
+            raise Unsupported("no gradient flows through the attention", anchor)
         structure: Structure | AbsorbedForm
         if absorbed:
             structure, rotation = self._agree(lambda s: prove_absorbed(self.memory, s, attention)), ""
@@ -87,7 +90,7 @@ class Recognizer:
 
     def _structure(self, attention: Attention) -> tuple[Structure, str]:
         for old, structure, seen, rotation in self._proofs:
-            if (old.scale, old.result, old.form) != (attention.scale, attention.result, attention.form):
+            if _spelling(old) != _spelling(attention):
                 continue
             renamed = replay.correspond(self.memory, seen, _roots(old, attention))
             if renamed is not None:
@@ -117,6 +120,16 @@ class Recognizer:
         # A cached key was rotated before it was stored: its columns are bare elements of the cache.
         return query if key in (query, "none") else f"query {query}, key {key}"
 
+    def _evaluators(self, mask: fx.Node) -> list[Evaluate]:
+        """One a size assignment; with symbolic sizes, also one beyond every length that the mask's own numbers name."""
+        if not self.sizes[0].assignment:
+            return self.evaluators
+        beyond = 2 * _constants(mask) + 1
+        if beyond > LONGEST:
+            raise Unsupported(f"a mask of symbolic size that names the length {beyond // 2}", mask)
+        sizes = Sizes({s: n + beyond for s, n in self.sizes[-1].assignment.items()})
+        return [*self.evaluators, Evaluate(self.memory, sizes)]
+
     def _mask(self, attention: Attention) -> Mask:
         shapes = [tuple(attention.size(c, s.shape) for c in "st") for s in self.sizes]
         if attention.causal:
@@ -128,15 +141,29 @@ class Recognizer:
         node, time = attention.mask, self.memory.position[attention.softmax]
         key = (node, attention.inverted, attention.mask_labels, tuple(shapes), self.memory.version(node, time))
         if key not in self._masks:
+            evaluators = self._evaluators(node)
+            shapes = [tuple(attention.size(c, e.sizes.shape) for c in "st") for e in evaluators]
             found = [
                 masks.classify(e, node, s, t, time, labels=attention.mask_labels, inverted=attention.inverted)
-                for e, (s, t) in zip(self.evaluators, shapes, strict=True)
+                for e, (s, t) in zip(evaluators, shapes, strict=True)
             ]
             if len({m.kind for m in found}) == 1:
                 self._masks[key] = found[0]
             else:
                 self._masks[key] = Mask("operand", node, found[0].boolean, "it differs between sizes")
         return self._masks[key]
+
+
+def _constants(node: fx.Node) -> int:
+    """The largest number written in the expression of a mask: what it does may change at such a length."""
+    seen, todo, largest = {node}, [node], 0
+    while todo:
+        one = todo.pop()
+        numbers = [a for a in (*one.args, *one.kwargs.values()) if isinstance(a, (int, float)) and abs(a) < 2**31]
+        largest = max([largest, *(int(abs(n)) for n in numbers)])
+        todo += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
+    return largest
 
 
 def _common(a: T, b: T) -> T:
@@ -152,6 +179,12 @@ def _common(a: T, b: T) -> T:
     return replace(a, **changes)  # type: ignore[type-var]
 
 
+def _spelling(attention: Attention) -> tuple:
+    """What two attentions must share, beside their graphs, for a proof of one to hold for the other."""
+    labels = [(t.left.labels, t.right.labels) for t in attention.terms]
+    return attention.scale, attention.result, attention.form, attention.value.labels, labels
+
+
 def _roots(old: Attention, new: Attention) -> list[tuple[fx.Node, fx.Node]]:
     pairs = [(old.value.node, new.value.node), (old.out, new.out)]
     for a, b in zip(old.terms, new.terms, strict=True):
@@ -162,7 +195,7 @@ def _roots(old: Attention, new: Attention) -> list[tuple[fx.Node, fx.Node]]:
 def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
     """Rewrites every provable attention; -> the record, and what was bound for each rewritten site."""
     record = PassRecord(NAME)
-    recognizer = Recognizer(shadow)
+    recognizer = Recognizer(shadow, training)
     by_owner: dict[Owner, list[Match | Site]] = defaultdict(list)
     for anchor, found in anchors.find(shadow.graph, recognizer.memory):
         try:
@@ -171,6 +204,8 @@ def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
             match: Match | Site = recognizer.match(anchor, found)
         except Refusal as refusal:
             match = refused(anchor, refusal)
+        except Exception as error:  # a fault of ours costs this site, not the others
+            match = refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}", anchor))
         out = found.out if isinstance(found, Attention) else anchor
         owners = shadow.owners.get(out) or [Owner(shadow.module, anchor)]
         by_owner[owners[0]].append(match)

@@ -35,6 +35,10 @@ def correspond(
         if not _same_value(old, new):
             return None
         renamed[old], taken[new] = new, old
+        olds, news = memory.writes.get(old, []), memory.writes.get(new, [])
+        if len(olds) != len(news):
+            return None
+        todo += [(a.node, b.node) for a, b in zip(olds, news, strict=True)]
         if old not in seen:
             continue
         if old.op != new.op or old.target != new.target and old.op == "call_function":
@@ -42,12 +46,8 @@ def correspond(
         inner: list[tuple[fx.Node, fx.Node]] = []
         if old.op == "call_function" and not _same_arguments(old, new, inner):
             return None
-        olds, news = memory.writes.get(old, []), memory.writes.get(new, [])
-        if len(olds) != len(news):
-            return None
-        inner += [(a.node, b.node) for a, b in zip(olds, news, strict=True)]
         todo.extend(inner)
-    in_order = sorted((n for n in renamed if n in seen), key=memory.position.__getitem__)
+    in_order = sorted(renamed, key=memory.position.__getitem__)
     times = [memory.position[renamed[n]] for n in in_order if n.op == "call_function"]
     return renamed if times == sorted(times) else None
 

@@ -52,21 +52,24 @@ class Shadow:
 class _Recorder(fx.Interpreter):
     """Runs a Dynamo graph and notes every tensor it makes, bodies of ``INLINED`` operators included."""
 
-    def __init__(self, module: fx.GraphModule, sink: list[tuple[Owner, torch.Tensor]]):
+    def __init__(self, module: fx.GraphModule, sink: list[tuple[Owner, torch.Tensor]], without_grad: set[fx.Node]):
         super().__init__(module, garbage_collect_values=False)
         self.sink = sink
+        self.without_grad = without_grad
 
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         if isinstance(result, torch.Tensor) and n.op != "output":
             self.sink.append((Owner(self.module, n), result))
+            if not torch.is_grad_enabled():
+                self.without_grad.add(n)
         return result
 
     def call_function(self, target, args, kwargs):
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in INLINED:
             body = next(a for a in args if isinstance(a, fx.GraphModule))
             operands = [a for a in args[args.index(body) + 1 :] if not isinstance(a, str)]
-            return _Recorder(body, self.sink).run(*operands)
+            return _Recorder(body, self.sink, self.without_grad).run(*operands)
         return super().call_function(target, args, kwargs)
 
 
@@ -90,10 +93,11 @@ def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     """Shadow of ``module``; must run where a backend runs (inside Dynamo's tracing context)."""
     mode = detect_fake_mode(inputs)
     recorded: list[Owner] = []
+    without_grad: set[fx.Node] = set()
 
     def run(*args):
         sink: list[tuple[Owner, torch.Tensor]] = []
-        _Recorder(module, sink).run(*args)
+        _Recorder(module, sink, without_grad).run(*args)
         recorded[:] = [owner for owner, _ in sink]
         return [value for _, value in sink]
 
@@ -106,6 +110,8 @@ def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     owners: dict[fx.Node, list[Owner]] = defaultdict(list)
     for node, owner in zip(twin.graph.output_node().args[0], recorded, strict=True):
         owners[node].append(owner)
+        if owner.node in without_grad and owner.node.op not in ("placeholder", "get_attr"):
+            node.meta["dsinfra_no_grad"] = True
         # Every value is an output of the twin; this marks those that Dynamo's graph (or a body) really returns.
         if any(user.op == "output" for user in owner.node.users):
             node.meta["dsinfra_returned"] = True

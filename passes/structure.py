@@ -28,6 +28,7 @@ from dscompile.passes.refusals import (
     DifferentLatents,
     GroupedHeads,
     KeyLayout,
+    NarrowedPrecision,
     NoUpProjection,
     PerHeadRopeKey,
     RowsDisagree,
@@ -186,6 +187,7 @@ class Prover:
     def lengths(self, attention: Attention) -> None:
         """Notes the lengths of the attention's dimensions: a slot may cut a longer dimension down to them."""
         self._lengths = {c: attention.size(c, self.sizes.shape) for c in "bhst"}
+        self._dtype = attention.dtype
 
     # ---- points
 
@@ -217,6 +219,10 @@ class Prover:
         ends = self.pull.walk(points)
         if len(ends) != 1:
             raise NoUpProjection(f"columns come from {len(ends)} tensors: {_names(ends)}", ends[0].node)
+        if not _one_cast(ends[0], self._dtype):
+            raise NarrowedPrecision(
+                "keys or values are rounded between the up-projection and the attention", operand.node
+            )
         row = self.contraction(ends[0])
         if row is None:
             raise NoUpProjection(f"columns are `{ends[0].node.target}`, not an up-projection", ends[0].node)

@@ -4,6 +4,7 @@ They read metadata only and cost a few microseconds of an eager call. Sizes may 
 sizes installs the guard that the operator's contract is anyway, and a comparison of sizes known only at run time is
 left to the kernel, which checks the real ones.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,7 +30,8 @@ def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 def broadcasts(shape: Any, target: Any) -> bool:
     """Whether `shape` expands to `target`, aligned at the last dimension."""
     return len(shape) <= len(target) and all(
-        same(a, 1) or same(a, b) for a, b in zip(reversed(shape), reversed(target)))
+        same(a, 1) or same(a, b) for a, b in zip(reversed(shape), reversed(target))
+    )
 
 
 def shapes(**tensors: Tensor) -> str:
@@ -43,7 +45,9 @@ def check_dims(op: str, dims: dict[str, int], **tensors: Tensor) -> None:
         if tensor.dim() != dims[name]:
             raise ShapeMismatch(
                 f"{op}: {name} has {tensor.dim()} dimensions, shape {list(tensor.shape)}",
-                f"The operator reads {dims[name]} dimensions there", "Reshape it")
+                f"The operator reads {dims[name]} dimensions there",
+                "Reshape it",
+            )
 
 
 def check_floating(op: str, first: Tensor, **tensors: Tensor) -> None:
@@ -52,12 +56,16 @@ def check_floating(op: str, first: Tensor, **tensors: Tensor) -> None:
     if dtype not in COMPUTE_DTYPES:
         raise DtypeMismatch(
             f"{op}: the query {list(first.shape)} is {dtype}",
-            f"The operator computes in {', '.join(str(d) for d in COMPUTE_DTYPES)}", "Convert it, or dequantise first")
+            f"The operator computes in {', '.join(str(d) for d in COMPUTE_DTYPES)}",
+            "Convert it, or dequantise first",
+        )
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise DtypeMismatch(
                 f"{op}: {name} {list(tensor.shape)} is {tensor.dtype} but the query {list(first.shape)} is {dtype}",
-                "All floating arguments must share one dtype", "Convert one of them, or run under torch.autocast")
+                "All floating arguments must share one dtype",
+                "Convert one of them, or run under torch.autocast",
+            )
         check_device(op, first, **{name: tensor})
 
 
@@ -67,4 +75,6 @@ def check_device(op: str, first: Tensor, **tensors: Tensor) -> None:
         if tensor.device != first.device:
             raise DeviceMismatch(
                 f"{op}: {name} {list(tensor.shape)} is on {tensor.device} but the query is on {first.device}",
-                "One kernel reads all arguments", f"Move {name} to {first.device}")
+                "One kernel reads all arguments",
+                f"Move {name} to {first.device}",
+            )

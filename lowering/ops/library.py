@@ -4,6 +4,7 @@
 and custom_op puts several Python frames between the dispatcher and the kernel (its autograd, in-place and
 Dynamo-disabling wrappers) where a plain registration has one.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

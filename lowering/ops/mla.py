@@ -9,6 +9,7 @@ again.
 
 Refused: float8 and integer inputs (dequantise first), a gradient of a float mask, of `lse`, and of the gradient.
 """
+
 from __future__ import annotations
 
 import math
@@ -24,9 +25,7 @@ from dscompile.lowering.ops.checks import broadcasts, check_device, check_dims, 
 from dscompile.lowering.ops.library import define, define_autograd
 from dscompile.lowering.select import YES, Decision, table
 
-_ARGUMENTS = (
-    "Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor w_uk, Tensor w_uv, Tensor? mask"
-)
+_ARGUMENTS = "Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor w_uk, Tensor w_uv, Tensor? mask"
 _SCHEMA = f"({_ARGUMENTS}, float scale, bool causal) -> (Tensor o, Tensor lse)"
 _BACKWARD_SCHEMA = (
     f"(Tensor grad_o, {_ARGUMENTS}, Tensor o, Tensor lse, float scale, bool causal)"
@@ -39,7 +38,13 @@ _DIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 
 
 
 def check(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
     causal: bool,
 ) -> None:
     """Raise the error of `lowering.errors` that says what is wrong with the arguments of `mla`, if anything is."""
@@ -49,24 +54,32 @@ def check(
     (B, H, S, N), (_, T, C) = q_nope.shape, latent.shape
     if not all(map(same, q_rope.shape[:3], (B, H, S))):
         raise ShapeMismatch(
-            f"mla: {shapes(q_nope=q_nope, q_rope=q_rope)}", "Both are parts of one query [B,H,S,.]",
-            "Give them the same requests, heads and length")
+            f"mla: {shapes(q_nope=q_nope, q_rope=q_rope)}",
+            "Both are parts of one query [B,H,S,.]",
+            "Give them the same requests, heads and length",
+        )
     if not (same(latent.shape[0], B) and all(map(same, k_rope.shape[:2], (B, T)))):
         raise ShapeMismatch(
             f"mla: {shapes(q_nope=q_nope, latent=latent, k_rope=k_rope)}",
             "The cache holds one latent [C] and one rotated key [R] for each of the B requests and T keys",
-            "Give latent [B,T,C] and k_rope [B,T,R]")
+            "Give latent [B,T,C] and k_rope [B,T,R]",
+        )
     if not same(k_rope.shape[2], q_rope.shape[3]):
         raise ShapeMismatch(
-            f"mla: {shapes(q_rope=q_rope, k_rope=k_rope)}", "Their last dimensions are multiplied", "Make R agree")
+            f"mla: {shapes(q_rope=q_rope, k_rope=k_rope)}", "Their last dimensions are multiplied", "Make R agree"
+        )
     if not (all(map(same, w_uk.shape[:2], (H, N))) and same(w_uv.shape[0], H)):
         raise ShapeMismatch(
             f"mla: {shapes(q_nope=q_nope, w_uk=w_uk, w_uv=w_uv)}",
-            "The up-projections hold [N,C] and [V,C] for each of the H heads", "Give w_uk [H,N,C] and w_uv [H,V,C]")
+            "The up-projections hold [N,C] and [V,C] for each of the H heads",
+            "Give w_uk [H,N,C] and w_uv [H,V,C]",
+        )
     if not (same(w_uk.shape[2], C) and same(w_uv.shape[2], C)):
         raise LatentWidthMismatch(
             f"mla: {shapes(latent=latent, w_uk=w_uk, w_uv=w_uv)}",
-            "The up-projections contract their last dimension with the latent's", "Give weights of the latent's width")
+            "The up-projections contract their last dimension with the latent's",
+            "Give weights of the latent's width",
+        )
     if mask is not None:
         _check_mask(mask, q_nope, (B, H, S, T), causal)
 
@@ -74,22 +87,35 @@ def check(
 def _check_mask(mask: Tensor, q_nope: Tensor, target: tuple, causal: bool) -> None:
     if causal:
         raise MaskError(
-            f"mla: a mask {list(mask.shape)} and causal=True", "They are two ways to say which keys are visible",
-            "Pass one: fold causality into the mask, or drop a mask that is only causal")
+            f"mla: a mask {list(mask.shape)} and causal=True",
+            "They are two ways to say which keys are visible",
+            "Pass one: fold causality into the mask, or drop a mask that is only causal",
+        )
     if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
         raise MaskError(
-            f"mla: a mask {list(mask.shape)} of {mask.dtype}", "A mask is bool (True = visible) or float (added)",
-            "Convert it, with .bool() if it holds 0 and 1")
+            f"mla: a mask {list(mask.shape)} of {mask.dtype}",
+            "A mask is bool (True = visible) or float (added)",
+            "Convert it, with .bool() if it holds 0 and 1",
+        )
     if not broadcasts(mask.shape, target):
         raise MaskError(
-            f"mla: a mask {list(mask.shape)} for scores [B,H,S,T] = {list(target)}", "It can't be broadcast to them",
-            "Give each dimension that size, or 1")
+            f"mla: a mask {list(mask.shape)} for scores [B,H,S,T] = {list(target)}",
+            "It can't be broadcast to them",
+            "Give each dimension that size, or 1",
+        )
     check_device("mla", q_nope, mask=mask)
 
 
 def _fake(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
-    scale: float, causal: bool,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, causal)
     B, H, S, _ = q_nope.shape
@@ -98,8 +124,18 @@ def _fake(
 
 
 def _fake_backward(
-    grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor,
-    mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
+    grad_o: Tensor,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _refuse_double_backward(grad_o, q_nope, latent, w_uk)
     B, H, S, N = q_nope.shape
@@ -111,8 +147,15 @@ def _fake_backward(
 
 
 def reference(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
-    scale: float, causal: bool,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla` for the shapes."""
     q, k, v = _expand_wide(q_nope, q_rope, latent, k_rope, w_uk, w_uv)
@@ -122,8 +165,18 @@ def reference(
 
 
 def reference_backward(
-    grad_o: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor,
-    mask: Tensor | None, o: Tensor, lse: Tensor, scale: float, causal: bool,
+    grad_o: Tensor,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradient written out, in float32 throughout (float64 for float64): -> grad_q [B,H,S,N+R] (the transpose of a
     contiguous [B,S,H,N+R]) and contiguous gradients of latent, k_rope, w_uk, w_uv."""
@@ -140,8 +193,12 @@ def reference_backward(
     dlatent = torch.einsum("bhtn,hnc->btc", dk_nope, w_uk.to(wide))
     dlatent = dlatent + torch.einsum("bhtv,hvc->btc", dv, w_uv.to(wide))
     gradients = (
-        dq, dlatent, dk[..., N:].sum(1),
-        torch.einsum("bhtn,btc->hnc", dk_nope, latent_wide), torch.einsum("bhtv,btc->hvc", dv, latent_wide))
+        dq,
+        dlatent,
+        dk[..., N:].sum(1),
+        torch.einsum("bhtn,btc->hnc", dk_nope, latent_wide),
+        torch.einsum("bhtv,btc->hvc", dv, latent_wide),
+    )
     grad_q, *rest = (g.to(q_nope.dtype).contiguous() for g in gradients)
     return (grad_q.transpose(1, 2), *rest)
 
@@ -187,8 +244,15 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: boo
 
 
 def _kernel(
-    q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, mask: Tensor | None,
-    scale: float, causal: bool,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, causal)
     return table("mla").run(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal)
@@ -203,7 +267,9 @@ def _refuse_double_backward(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise NotDifferentiable(
             f"mla: a gradient of its gradient, for a query {list(tensors[1].shape)}",
-            "The backward of mla has no gradient formula", "Call backward without create_graph=True")
+            "The backward of mla has no gradient formula",
+            "Call backward without create_graph=True",
+        )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -213,7 +279,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
         raise NotDifferentiable(
             f"mla: a float mask {list(mask.shape)} that requires grad",
             "The attention kernels give no gradient of a mask",
-            "Detach the mask, or compute this attention with torch's own operators")
+            "Detach the mask, or compute this attention with torch's own operators",
+        )
     ctx.save_for_backward(*tensors, mask, o, lse)
     ctx.scale, ctx.causal = scale, causal
     ctx.mark_non_differentiable(lse)

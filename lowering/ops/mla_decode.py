@@ -10,6 +10,7 @@ never influence the result, whatever they hold.
 
 Refused: gradients (use `dsinfra::mla` to train), pages of another size, masks that aren't bool.
 """
+
 from __future__ import annotations
 
 import math
@@ -39,7 +40,12 @@ _DIMS = {"q_latent": 4, "q_rope": 4, "latent": 3, "k_rope": 3}
 
 
 def check(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
     page_table: Tensor | None,
 ) -> None:
     """Raise the error of `lowering.errors` that says what is wrong with the arguments of `mla_decode`, if anything."""
@@ -47,7 +53,8 @@ def check(
         raise NotDifferentiable(
             f"mla_decode: an argument requires grad, query {list(q_latent.shape)}",
             "The absorbed form is for decode and has no gradient formula",
-            "Call it under torch.no_grad() or torch.inference_mode(), or use dsinfra::mla to train")
+            "Call it under torch.no_grad() or torch.inference_mode(), or use dsinfra::mla to train",
+        )
     if mask is None and _plainly_right(q_latent, q_rope, latent, k_rope, seqlens, page_table):
         return
     others = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope}
@@ -56,16 +63,22 @@ def check(
     (B, S, H, C), R = q_latent.shape, q_rope.shape[3]
     if not all(map(same, q_rope.shape[:3], (B, S, H))):
         raise ShapeMismatch(
-            f"mla_decode: {shapes(q_latent=q_latent, q_rope=q_rope)}", "Both are parts of one query [B,S,H,.]",
-            "Give them the same requests, length and heads")
+            f"mla_decode: {shapes(q_latent=q_latent, q_rope=q_rope)}",
+            "Both are parts of one query [B,S,H,.]",
+            "Give them the same requests, length and heads",
+        )
     if not (same(latent.shape[2], C) and same(k_rope.shape[2], R)):
         raise ShapeMismatch(
             f"mla_decode: {shapes(q_latent=q_latent, latent=latent, q_rope=q_rope, k_rope=k_rope)}",
-            "Query and cache are multiplied along their last dimension", "Make C and R agree")
+            "Query and cache are multiplied along their last dimension",
+            "Make C and R agree",
+        )
     if not all(map(same, latent.shape[:2], k_rope.shape[:2])):
         raise ShapeMismatch(
-            f"mla_decode: {shapes(latent=latent, k_rope=k_rope)}", "They are the two parts of the same cached rows",
-            "Give them the same leading dimensions")
+            f"mla_decode: {shapes(latent=latent, k_rope=k_rope)}",
+            "They are the two parts of the same cached rows",
+            "Give them the same leading dimensions",
+        )
     _check_seqlens(seqlens, q_latent)
     T = latent.shape[1]
     if page_table is not None:
@@ -74,7 +87,9 @@ def check(
     elif not same(latent.shape[0], B):
         raise ShapeMismatch(
             f"mla_decode: {shapes(q_latent=q_latent, latent=latent)} and no page table",
-            "Without a page table the cache holds the rows of each of the B requests", "Give latent [B,T,C], or pages")
+            "Without a page table the cache holds the rows of each of the B requests",
+            "Give latent [B,T,C], or pages",
+        )
     if mask is not None:
         _check_mask(mask, q_latent, T)
 
@@ -96,18 +111,27 @@ def _plainly_right(
     else:
         leading_fits = P == B
     return (
-        leading_fits and (B, S, H, C, R, P, T) == (B_, S_, H_, C_, R_, P_, T_)
-        and q_rope.dtype is dtype and latent.dtype is dtype and k_rope.dtype is dtype
-        and seqlens.dtype is torch.int32 and seqlens.shape == (B,)
-        and q_rope.device == device and latent.device == device and k_rope.device == device
-        and seqlens.device == device)
+        leading_fits
+        and (B, S, H, C, R, P, T) == (B_, S_, H_, C_, R_, P_, T_)
+        and q_rope.dtype is dtype
+        and latent.dtype is dtype
+        and k_rope.dtype is dtype
+        and seqlens.dtype is torch.int32
+        and seqlens.shape == (B,)
+        and q_rope.device == device
+        and latent.device == device
+        and k_rope.device == device
+        and seqlens.device == device
+    )
 
 
 def _check_seqlens(seqlens: Tensor, q_latent: Tensor) -> None:
     if seqlens.dtype is not torch.int32 or seqlens.dim() != 1 or not same(seqlens.shape[0], q_latent.shape[0]):
         raise SeqlensError(
             f"mla_decode: seqlens {list(seqlens.shape)} of {seqlens.dtype} for {q_latent.shape[0]} requests",
-            "Each request has one length, queries included, read on the device as int32", "Give an int32 tensor [B]")
+            "Each request has one length, queries included, read on the device as int32",
+            "Give an int32 tensor [B]",
+        )
     check_device("mla_decode", q_latent, seqlens=seqlens)
 
 
@@ -116,11 +140,15 @@ def _check_pages(page_table: Tensor, latent: Tensor, q_latent: Tensor) -> None:
     if page_table.dtype is not torch.int32 or page_table.dim() != 2 or not same(page_table.shape[0], B):
         raise PageTableError(
             f"mla_decode: a page table {list(page_table.shape)} of {page_table.dtype} for {B} requests",
-            "It holds the page numbers of each request as int32", "Give an int32 tensor [B, max_pages]")
+            "It holds the page numbers of each request as int32",
+            "Give an int32 tensor [B, max_pages]",
+        )
     if not same(latent.shape[1], PAGE):
         raise PageTableError(
             f"mla_decode: pages of {latent.shape[1]} rows, latent {list(latent.shape)}",
-            f"The kernels read pages of {PAGE} rows", f"Allocate the pool as [P, {PAGE}, C + R]")
+            f"The kernels read pages of {PAGE} rows",
+            f"Allocate the pool as [P, {PAGE}, C + R]",
+        )
     check_device("mla_decode", q_latent, page_table=page_table)
 
 
@@ -128,19 +156,33 @@ def _check_mask(mask: Tensor, q_latent: Tensor, T: int) -> None:
     B, S = q_latent.shape[:2]
     if mask.dtype is not torch.bool:
         raise MaskError(
-            f"mla_decode: a mask {list(mask.shape)} of {mask.dtype}", "The decode kernels read visible or not",
-            "Give a bool mask, True = visible")
-    if mask.dim() != 3 or not (same(mask.shape[0], B) or same(mask.shape[0], 1)) or not (
-            same(mask.shape[1], S) and same(mask.shape[2], T)):
+            f"mla_decode: a mask {list(mask.shape)} of {mask.dtype}",
+            "The decode kernels read visible or not",
+            "Give a bool mask, True = visible",
+        )
+    if (
+        mask.dim() != 3
+        or not (same(mask.shape[0], B) or same(mask.shape[0], 1))
+        or not (same(mask.shape[1], S) and same(mask.shape[2], T))
+    ):
         raise MaskError(
             f"mla_decode: a mask {list(mask.shape)} for B {B}, S {S}, T {T} (the cache's capacity)",
-            "One mask serves all heads: [B or 1, S, T]", "Drop the head dimension and cover the whole capacity")
+            "One mask serves all heads: [B or 1, S, T]",
+            "Drop the head dimension and cover the whole capacity",
+        )
     check_device("mla_decode", q_latent, mask=mask)
 
 
 def _fake(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
-    page_table: Tensor | None, scale: float, causal: bool,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table)
     B, S, H, C = q_latent.shape
@@ -151,8 +193,15 @@ def _fake(
 
 
 def reference(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
-    page_table: Tensor | None, scale: float, causal: bool,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla_decode`."""
     if page_table is not None:
@@ -186,8 +235,15 @@ def _gather_pages(pool_PRX: Tensor, page_table: Tensor, seqlens: Tensor) -> Tens
 
 
 def _kernel(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, seqlens: Tensor, mask: Tensor | None,
-    page_table: Tensor | None, scale: float, causal: bool,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table)
     return table("mla_decode").run(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal)
@@ -204,8 +260,15 @@ table("mla_decode").register("reference", _supports_everything, reference)
 
 @register_flop_formula(torch.ops.dsinfra.mla_decode)
 def mla_decode_flops(
-    q_latent: Any, q_rope: Any, latent: Any, k_rope: Any, seqlens: Any, mask: Any = None, page_table: Any = None,
-    *_: Any, **__: Any,
+    q_latent: Any,
+    q_rope: Any,
+    latent: Any,
+    k_rope: Any,
+    seqlens: Any,
+    mask: Any = None,
+    page_table: Any = None,
+    *_: Any,
+    **__: Any,
 ) -> int:
     """Both products with every row of the capacity: the lengths are on the device, so this is an upper bound."""
     (B, S, H, C), R = q_latent, q_rope[3]

@@ -62,12 +62,12 @@ def make(case: Case, device: str, seed: int = 0) -> tuple:
 def _paged(case: Case, rows: torch.Tensor, seqlens: torch.Tensor, g: torch.Generator) -> tuple:
     requests, capacity, width = rows.shape
     pages = capacity // 64
-    owned = torch.randperm(requests * pages + 3, generator=g, device=rows.device)[:requests * pages]
+    owned = torch.randperm(requests * pages + 3, generator=g, device=rows.device)[: requests * pages]
     pool = rows.new_full((requests * pages + 3, 64, width), float("nan"))
     pool[owned] = rows.view(-1, 64, width)
     table = owned.view(requests, pages).to(torch.int32)
     used = torch.arange(pages, device=rows.device) * 64 < seqlens[:, None]
-    return pool[..., :case.latent], pool[..., case.latent:], table.masked_fill(~used, 1 << 30)
+    return pool[..., : case.latent], pool[..., case.latent :], table.masked_fill(~used, 1 << 30)
 
 
 def _plain(case: Case, rows: torch.Tensor, seqlens: torch.Tensor, g: torch.Generator) -> tuple:
@@ -75,14 +75,14 @@ def _plain(case: Case, rows: torch.Tensor, seqlens: torch.Tensor, g: torch.Gener
     parts = []
     for part in rows.split([case.latent, case.rope], -1):
         whole = rows.new_full((rows.shape[0], case.capacity + 24, part.shape[-1]), float("nan"))
-        whole[:, :case.capacity] = part[:, :case.capacity]
-        parts.append(whole[:, :case.capacity])
+        whole[:, : case.capacity] = part[:, : case.capacity]
+        parts.append(whole[:, : case.capacity])
     return *parts, None
 
 
 def _sliced(case: Case, rows: torch.Tensor, seqlens: torch.Tensor, g: torch.Generator) -> tuple:
-    whole = rows[:, :case.capacity].contiguous()
-    return whole[..., :case.latent], whole[..., case.latent:], None
+    whole = rows[:, : case.capacity].contiguous()
+    return whole[..., : case.latent], whole[..., case.latent :], None
 
 
 _CACHES = {"paged": _paged, "plain": _plain, "sliced": _sliced}

@@ -90,13 +90,13 @@ def test_runs_agree_in_every_bit(splits: int, impl: str) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("layout", ["paged", "plain"])
 def test_a_cuda_graph_follows_lengths_that_change(layout: str, splits: int, impl: str) -> None:
-    args = make(BASE.with_(lengths=(1000, ) * 8, layout=layout, s_q=2), "cuda")
+    args = make(BASE.with_(lengths=(1000,) * 8, layout=layout, s_q=2), "cuda")
     seqlens = args[4]
     mla_decode(*args, impl=impl, splits=splits)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = mla_decode(*args, impl=impl, splits=splits)
-    for lengths in (RAGGED, (1000, ) * 8, (0, ) * 8, tuple(reversed(RAGGED))):
+    for lengths in (RAGGED, (1000,) * 8, (0,) * 8, tuple(reversed(RAGGED))):
         seqlens.copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         torch.cuda.synchronize()

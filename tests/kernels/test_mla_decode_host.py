@@ -129,7 +129,7 @@ def tensors(layout: str = "paged", **changes: object) -> list[torch.Tensor]:
 def test_gluon_takes(layout: str, hopper: object) -> None:
     assert gluon_refusal(*tensors(layout)) is None
     assert gluon_refusal(*tensors(layout, dtype=torch.float16)) is None
-    assert gluon_refusal(*tensors(layout, lengths=(3, ), s_q=1, heads=1)) is None
+    assert gluon_refusal(*tensors(layout, lengths=(3,), s_q=1, heads=1)) is None
 
 
 def test_gluon_refuses(hopper: object) -> None:
@@ -138,7 +138,8 @@ def test_gluon_refuses(hopper: object) -> None:
     q_latent, q_rope, latent, k_rope = tensors()
     odd_rows = torch.zeros(4, 64, 516, dtype=torch.bfloat16)
     assert "latent (4, 64, 512) has strides (33024, 516, 1)" in gluon_refusal(
-        q_latent, q_rope, odd_rows[..., :512], k_rope)
+        q_latent, q_rope, odd_rows[..., :512], k_rope
+    )
     assert "offset 4" in gluon_refusal(q_latent, q_rope, odd_rows[..., 4:], k_rope)
     assert "not 0" in gluon_refusal(q_latent[:1].expand(2, -1, -1, -1), q_rope, latent, k_rope)
 

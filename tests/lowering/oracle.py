@@ -3,6 +3,7 @@
 Shares no code with the package: keys and values are built per head, the visible keys of each query are listed, and
 softmax runs over the listed ones only. Differentiable, so it is the oracle of gradients too.
 """
+
 import math
 
 import torch
@@ -14,7 +15,7 @@ def visible_keys(S: int, T: int, mask_ST: Tensor | None, causal: bool) -> Tensor
     visible = torch.ones(S, T, dtype=torch.bool)
     if causal:
         for i in range(S):
-            visible[i, max(0, i + T - S + 1):] = False
+            visible[i, max(0, i + T - S + 1) :] = False
     if mask_ST is not None and mask_ST.dtype == torch.bool:
         visible &= mask_ST.cpu()
     return visible
@@ -35,8 +36,7 @@ def attend(q_SD: Tensor, k_TD: Tensor, v_TV: Tensor, visible_ST: Tensor, bias_ST
 
 def mla(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal):
     """`dsinfra::mla` in float64: -> o [B,H,S,V], lse [B,H,S]."""
-    q_nope, q_rope, latent, k_rope, w_uk, w_uv = (
-        x.double() for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv))
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv = (x.double() for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv))
     (B, H, S, _), T = q_nope.shape, latent.shape[1]
     if mask is not None:
         mask = mask.expand(B, H, S, T)

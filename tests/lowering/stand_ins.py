@@ -3,6 +3,7 @@
 They compute in plain PyTorch what the kernels are documented to, in float32 for 16-bit inputs as those do, and refuse
 what the kernels would get wrong: layouts, paddings, mask types, infinities.
 """
+
 import math
 import types
 
@@ -94,10 +95,29 @@ class Efficient:
         lse = torch.nn.functional.pad(lse.masked_fill(lse == -math.inf, 0.0), (0, -q.shape[1] % 32), value=math.inf)
         return o.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1]
 
-    def backward(self, grad_o, q, k, v, bias, o, cu_q, cu_k, max_q, max_k, lse, dropout, seed, offset, mask_type,
-                 bias_requires_grad, *, scale):
+    def backward(
+        self,
+        grad_o,
+        q,
+        k,
+        v,
+        bias,
+        o,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        lse,
+        dropout,
+        seed,
+        offset,
+        mask_type,
+        bias_requires_grad,
+        *,
+        scale,
+    ):
         assert cu_q is cu_k is None and (max_q, max_k) == (q.shape[1], k.shape[1]) and not bias_requires_grad
-        assert lse.shape[2] % 32 == 0 and torch.all(lse[:, :, q.shape[1]:] == math.inf)
+        assert lse.shape[2] % 32 == 0 and torch.all(lse[:, :, q.shape[1] :] == math.inf)
         bias, S = self.bias(bias, q, k, mask_type), q.shape[1]
         grads = differentiate(*(x.transpose(1, 2) for x in (grad_o, q, k, v, o)), lse[:, :, :S], bias, scale)
         return (*(g.transpose(1, 2) for g in grads), None)
@@ -106,8 +126,13 @@ class Efficient:
 def install(monkeypatch, cudnn=None):
     """Put the stand-ins (a changed cuDNN, if given) where the package calls torch's kernels."""
     cudnn, efficient = cudnn or Cudnn(), Efficient()
-    monkeypatch.setattr(torch_attention, "_aten", types.SimpleNamespace(
-        _scaled_dot_product_cudnn_attention=cudnn.forward,
-        _scaled_dot_product_cudnn_attention_backward=cudnn.backward,
-        _efficient_attention_forward=efficient.forward,
-        _efficient_attention_backward=efficient.backward))
+    monkeypatch.setattr(
+        torch_attention,
+        "_aten",
+        types.SimpleNamespace(
+            _scaled_dot_product_cudnn_attention=cudnn.forward,
+            _scaled_dot_product_cudnn_attention_backward=cudnn.backward,
+            _efficient_attention_forward=efficient.forward,
+            _efficient_attention_backward=efficient.backward,
+        ),
+    )

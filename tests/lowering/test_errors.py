@@ -1,4 +1,5 @@
 """Every mistake in a call: its own class, in three parts, before anything is computed, eagerly and at trace time."""
+
 import pickle
 
 import pytest
@@ -22,10 +23,16 @@ def mla_call(**changes):
 def decode_call(paged=False, **changes):
     lead = (7, 64) if paged else (B, T)
     call = {
-        "q_latent": torch.zeros(B, S, H, C), "q_rope": torch.zeros(B, S, H, R),
-        "latent": torch.zeros(*lead, C), "k_rope": torch.zeros(*lead, R),
-        "seqlens": torch.ones(B, dtype=torch.int32), "mask": None,
-        "page_table": torch.zeros(B, 2, dtype=torch.int32) if paged else None, "scale": 0.3, "causal": True}
+        "q_latent": torch.zeros(B, S, H, C),
+        "q_rope": torch.zeros(B, S, H, R),
+        "latent": torch.zeros(*lead, C),
+        "k_rope": torch.zeros(*lead, R),
+        "seqlens": torch.ones(B, dtype=torch.int32),
+        "mask": None,
+        "page_table": torch.zeros(B, 2, dtype=torch.int32) if paged else None,
+        "scale": 0.3,
+        "causal": True,
+    }
     return DECODE, tuple({**call, **changes}.values())
 
 
@@ -34,10 +41,16 @@ zeros, ints = torch.zeros, torch.int32
 MISTAKES = {
     "mla: query of 3 dimensions": (mla_call(q_nope=zeros(H, S, N)), errors.ShapeMismatch, r"q_nope has 3 dimensions"),
     "mla: query parts disagree": (
-        mla_call(q_rope=zeros(B, H, S + 1, R)), errors.ShapeMismatch, r"q_rope \[2, 2, 4, 4\]"),
+        mla_call(q_rope=zeros(B, H, S + 1, R)),
+        errors.ShapeMismatch,
+        r"q_rope \[2, 2, 4, 4\]",
+    ),
     "mla: cache parts disagree": (mla_call(k_rope=zeros(B, T + 1, R)), errors.ShapeMismatch, r"k_rope \[2, 10, 4\]"),
     "mla: cache of other requests": (
-        mla_call(latent=zeros(B + 1, T, C), k_rope=zeros(B + 1, T, R)), errors.ShapeMismatch, r"latent \[3, 9, 16\]"),
+        mla_call(latent=zeros(B + 1, T, C), k_rope=zeros(B + 1, T, R)),
+        errors.ShapeMismatch,
+        r"latent \[3, 9, 16\]",
+    ),
     "mla: rope widths": (mla_call(k_rope=zeros(B, T, R + 1)), errors.ShapeMismatch, r"Make R agree"),
     "mla: heads of the weight": (mla_call(w_uk=zeros(H + 1, N, C)), errors.ShapeMismatch, r"w_uk \[3, 8, 16\]"),
     "mla: latent width": (mla_call(w_uk=zeros(H, N, C + 1)), errors.LatentWidthMismatch, r"w_uk \[2, 8, 17\]"),
@@ -50,30 +63,60 @@ MISTAKES = {
     "mla: mask's dtype": (mla_call(mask=zeros(S, T, dtype=ints)), errors.MaskError, r"of torch.int32"),
     "mla: mask and causal": (mla_call(mask=zeros(S, T).bool(), causal=True), errors.MaskError, r"and causal=True"),
     "decode: query of 3 dimensions": (
-        decode_call(q_latent=zeros(B, H, C)), errors.ShapeMismatch, r"q_latent has 3 dimensions"),
+        decode_call(q_latent=zeros(B, H, C)),
+        errors.ShapeMismatch,
+        r"q_latent has 3 dimensions",
+    ),
     "decode: query parts disagree": (
-        decode_call(q_rope=zeros(B, S, H + 1, R)), errors.ShapeMismatch, r"q_rope \[2, 3, 3, 4\]"),
+        decode_call(q_rope=zeros(B, S, H + 1, R)),
+        errors.ShapeMismatch,
+        r"q_rope \[2, 3, 3, 4\]",
+    ),
     "decode: widths": (decode_call(latent=zeros(B, T, C + 1)), errors.ShapeMismatch, r"Make C and R agree"),
     "decode: cache parts disagree": (
-        decode_call(k_rope=zeros(B, T + 1, R)), errors.ShapeMismatch, r"k_rope \[2, 10, 4\]"),
+        decode_call(k_rope=zeros(B, T + 1, R)),
+        errors.ShapeMismatch,
+        r"k_rope \[2, 10, 4\]",
+    ),
     "decode: cache of other requests": (
-        decode_call(latent=zeros(7, T, C), k_rope=zeros(7, T, R)), errors.ShapeMismatch, r"no page table"),
+        decode_call(latent=zeros(7, T, C), k_rope=zeros(7, T, R)),
+        errors.ShapeMismatch,
+        r"no page table",
+    ),
     "decode: seqlens' length": (
-        decode_call(seqlens=torch.ones(B + 1, dtype=ints)), errors.SeqlensError, r"seqlens \[3\] .* for 2 requests"),
+        decode_call(seqlens=torch.ones(B + 1, dtype=ints)),
+        errors.SeqlensError,
+        r"seqlens \[3\] .* for 2 requests",
+    ),
     "decode: seqlens' dtype": (
-        decode_call(seqlens=torch.ones(B, dtype=torch.int64)), errors.SeqlensError, r"of torch.int64"),
+        decode_call(seqlens=torch.ones(B, dtype=torch.int64)),
+        errors.SeqlensError,
+        r"of torch.int64",
+    ),
     "decode: page table's dtype": (
-        decode_call(True, page_table=zeros(B, 2, dtype=torch.int64)), errors.PageTableError, r"of torch.int64"),
+        decode_call(True, page_table=zeros(B, 2, dtype=torch.int64)),
+        errors.PageTableError,
+        r"of torch.int64",
+    ),
     "decode: page table's rows": (
-        decode_call(True, page_table=zeros(B + 1, 2, dtype=ints)), errors.PageTableError, r"\[3, 2\]"),
+        decode_call(True, page_table=zeros(B + 1, 2, dtype=ints)),
+        errors.PageTableError,
+        r"\[3, 2\]",
+    ),
     "decode: page size": (
-        decode_call(True, latent=zeros(7, 32, C), k_rope=zeros(7, 32, R)), errors.PageTableError, r"pages of 32 rows"),
+        decode_call(True, latent=zeros(7, 32, C), k_rope=zeros(7, 32, R)),
+        errors.PageTableError,
+        r"pages of 32 rows",
+    ),
     "decode: float mask": (decode_call(mask=zeros(1, S, T)), errors.MaskError, r"of torch.float32"),
     "decode: mask with heads": (decode_call(mask=zeros(B, H, S, T).bool()), errors.MaskError, r"Drop the head"),
     "decode: mask short of the capacity": (decode_call(mask=zeros(B, S, T - 1).bool()), errors.MaskError, r"T 9"),
     "decode: two dtypes": (decode_call(latent=zeros(B, T, C).double()), errors.DtypeMismatch, r"torch.float64"),
     "decode: two devices": (
-        decode_call(seqlens=torch.ones(B, dtype=ints, device="meta")), errors.DeviceMismatch, r"seqlens .* on meta"),
+        decode_call(seqlens=torch.ones(B, dtype=ints, device="meta")),
+        errors.DeviceMismatch,
+        r"seqlens .* on meta",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ So everything of ours is tested here: building k and v, the cut of a causal mask
 the rows it gets wrong, the trial run, and the way back through the projections. The kernels themselves: test_mla_gpu.py
 and test_mla_masked_gpu.py.
 """
+
 import math
 
 import pytest
@@ -126,11 +127,15 @@ class BackwardWithNan(stand_ins.Cudnn):
         return dq.index_fill(2, torch.tensor([1]), math.nan), dk, dv
 
 
-@pytest.mark.parametrize(("kernels", "reason"), [
-    (Refusing(), "refused a trial of widths 24/16 in torch.bfloat16 with a mask of torch.bool: No valid execution"),
-    (IgnoringTheBias(), "wrong results"),
-    (BackwardWithNan(), "wrong results"),
-], ids=["refuses", "ignores-the-bias", "nan"])
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [
+        (Refusing(), "refused a trial of widths 24/16 in torch.bfloat16 with a mask of torch.bool: No valid execution"),
+        (IgnoringTheBias(), "wrong results"),
+        (BackwardWithNan(), "wrong results"),
+    ],
+    ids=["refuses", "ignores-the-bias", "nan"],
+)
 def test_trial_notices(monkeypatch, kernels, reason):
     stand_ins.install(monkeypatch, kernels)
     said = cudnn_trial.run_trial(torch.device("cpu"), torch.bfloat16, 24, 16, torch.bool)

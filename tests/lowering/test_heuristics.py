@@ -1,4 +1,5 @@
 """Predicted costs of MLA's two forms: where each wins, and that the figures follow the sizes."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """Joining a query's parts, in place or by a copy, and copying in words."""
+
 import pytest
 import torch
 
@@ -67,10 +68,22 @@ def no_requests(q, nope, rope):
     return nope[:0], rope[:0]
 
 
-@pytest.mark.parametrize("make", [
-    unequal_strides, swapped, gap, neighbour_in_another_storage, columns_apart, heads_expanded, rows_unaligned,
-    start_unaligned, no_rope, no_requests,
-], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [
+        unequal_strides,
+        swapped,
+        gap,
+        neighbour_in_another_storage,
+        columns_apart,
+        heads_expanded,
+        rows_unaligned,
+        start_unaligned,
+        no_rope,
+        no_requests,
+    ],
+    ids=lambda make: make.__name__,
+)
 def test_others_are_copied(make):
     left, right = make(*parts())
     joined = layouts.join_columns(left, right)
@@ -78,13 +91,21 @@ def test_others_are_copied(make):
     assert joined.numel() == 0 or joined.untyped_storage().data_ptr() != left.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("dtype", "width", "start", "words"), [
-    (torch.bfloat16, 8, 0, True), (torch.bfloat16, 6, 0, False), (torch.bfloat16, 8, 2, False),
-    (torch.float32, 6, 2, True), (torch.float32, 5, 0, False), (torch.float64, 5, 1, True),
-], ids=["bf16", "bf16-narrow", "bf16-shifted", "fp32", "fp32-odd", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "width", "start", "words"),
+    [
+        (torch.bfloat16, 8, 0, True),
+        (torch.bfloat16, 6, 0, False),
+        (torch.bfloat16, 8, 2, False),
+        (torch.float32, 6, 2, True),
+        (torch.float32, 5, 0, False),
+        (torch.float64, 5, 1, True),
+    ],
+    ids=["bf16", "bf16-narrow", "bf16-shifted", "fp32", "fp32-odd", "fp64"],
+)
 def test_copy_is_exact_in_words_or_elements(dtype, width, start, words):
     pattern = torch.randint(-(2**15), 2**15, (3, 2, 16 * dtype.itemsize), dtype=torch.int16)  # NaN payloads among them
-    source, out = pattern.view(dtype)[..., start:start + width], torch.zeros(3, 5, 2, 16, dtype=dtype)[..., :width]
+    source, out = pattern.view(dtype)[..., start : start + width], torch.zeros(3, 5, 2, 16, dtype=dtype)[..., :width]
     assert layouts._holds_words(source) == words
     layouts.copy_rows(out, source.unsqueeze(1))
     assert all(torch.equal(out[:, i].view(torch.int16), source.contiguous().view(torch.int16)) for i in range(5))

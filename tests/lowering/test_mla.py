@@ -1,4 +1,5 @@
 """`dsinfra::mla` on the CPU: reference, gradient, shape function, dynamic shapes, autocast, FLOPs."""
+
 import math
 
 import pytest
@@ -112,7 +113,8 @@ def test_row_hidden_by_the_lowest_value_is_the_mean(dtype):
     o, lse = MLA(*args, mask, 0.3, False)
     q, k, v = expand_eagerly(*args)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.float() for x in (q, k, v)), attn_mask=mask.float(), scale=0.3)
+        *(x.float() for x in (q, k, v)), attn_mask=mask.float(), scale=0.3
+    )
     rounding = 10 * torch.finfo(dtype).eps
     torch.testing.assert_close(o.float(), expected, rtol=rounding, atol=rounding)
     torch.testing.assert_close(o[0, :, 2].float(), v[0].float().mean(1), rtol=rounding, atol=rounding)
@@ -164,8 +166,10 @@ def test_opcheck_backward():
     args = make(SIZES["longer-cache"])
     o, lse = MLA(*args, None, 0.3, True)
     torch.library.opcheck(
-        torch.ops.dsinfra.mla_backward.default, (torch.ones_like(o), *args, None, o, lse, 0.3, True),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        torch.ops.dsinfra.mla_backward.default,
+        (torch.ones_like(o), *args, None, o, lse, 0.3, True),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
 
 
 def test_compiles_once_for_all_lengths():

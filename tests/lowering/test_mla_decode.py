@@ -1,4 +1,5 @@
 """`dsinfra::mla_decode` on the CPU: reference over plain and paged caches, poison, shape function, FLOPs."""
+
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def make(case, paged=False, dtype=torch.float32, poison=float("nan")):
         cache[owned.flatten()] = rows.view(-1, 64, C + R)
         page_table = owned.to(torch.int32)
         for b, length in enumerate(lengths):
-            page_table[b, -(-length // 64):] = -1000
+            page_table[b, -(-length // 64) :] = -1000
     return [q[..., :C], q[..., C:], cache[..., :C], cache[..., C:], seqlens], page_table
 
 
@@ -74,7 +75,8 @@ def test_equals_mla_absorbed():
     g = torch.Generator().manual_seed(4)
     q_nope, q_rope, latent, k_rope, w_uk, w_uv = (
         torch.randn(*shape, dtype=torch.float64, generator=g)
-        for shape in ((B, H, S, N), (B, H, S, R), (B, T, C), (B, T, R), (H, N, C), (H, V, C)))
+        for shape in ((B, H, S, N), (B, H, S, R), (B, T, C), (B, T, R), (H, N, C), (H, V, C))
+    )
     o, lse = torch.ops.dsinfra.mla(q_nope, q_rope, latent, k_rope, w_uk, w_uv, None, 0.2, True)
     q_latent = torch.einsum("bhsn,hnc->bshc", q_nope, w_uk)
     seqlens = torch.full((B,), T, dtype=torch.int32)
@@ -96,8 +98,9 @@ def test_compiles_once_for_all_batches_and_capacities():
         graphs.append(gm)
         return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
 
-    compiled = torch.compile(lambda *a: DECODE(*a, None, None, 0.2, True)[0] + 1, backend=backend, dynamic=True,
-                             fullgraph=True)
+    compiled = torch.compile(
+        lambda *a: DECODE(*a, None, None, 0.2, True)[0] + 1, backend=backend, dynamic=True, fullgraph=True
+    )
     with torch.no_grad():
         for B, T in ((2, 20), (3, 33), (5, 70)):
             args, _ = make((B, 4, 3, 16, 8, T, (T,) * B))

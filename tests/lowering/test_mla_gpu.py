@@ -3,6 +3,7 @@
 Errors are relative in the Frobenius norm. bfloat16 keeps 8 bits: k, v, p and o are each rounded once, so results agree
 with float64 to a little over 2^-8; gradients add the rounding of dk and dv on their way through the projections.
 """
+
 import math
 
 import pytest
@@ -116,10 +117,17 @@ def test_forced_implementations(impl, kind):
         check_against_oracle(args, None, kind == "causal", torch.bfloat16)
 
 
-@pytest.mark.parametrize(("dtype", "widths"), [
-    (torch.float32, {}), (torch.float64, {}), (torch.bfloat16, {"R": 0}), (torch.bfloat16, {"N": 64, "R": 32, "V": 64}),
-    (torch.bfloat16, {"N": 20, "R": 10, "V": 12, "C": 40}),
-], ids=["float32", "float64", "no-rope", "narrow", "unaligned"])
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
+    [
+        (torch.float32, {}),
+        (torch.float64, {}),
+        (torch.bfloat16, {"R": 0}),
+        (torch.bfloat16, {"N": 64, "R": 32, "V": 64}),
+        (torch.bfloat16, {"N": 20, "R": 10, "V": 12, "C": 40}),
+    ],
+    ids=["float32", "float64", "no-rope", "narrow", "unaligned"],
+)
 def test_other_dtypes_and_widths(dtype, widths):
     args = make(2, 8, 65, 131, dtype, **widths)
     check_against_oracle(args, None, True, dtype)
@@ -200,7 +208,7 @@ def test_autocast():
 
 def test_compiled_training_step_equals_eager():
     """Through Inductor, with strides that its shape function promised, at two lengths of one compilation."""
-    compiled = torch.compile(lambda *a: (MLA(*a, None, 0.07, True)[0].transpose(1, 2).flatten(2) * 2), dynamic=True)
+    compiled = torch.compile(lambda *a: MLA(*a, None, 0.07, True)[0].transpose(1, 2).flatten(2) * 2, dynamic=True)
     for S, T in ((65, 300), (129, 200)):
         args = make(2, 16, S, T)
         o = compiled(*args)

@@ -3,6 +3,7 @@
 Every kind of mask and of row, through each of torch's kernels. Rows that see nothing must be exact zeros, gradients
 included; rows that an additive mask hides by its dtype's lowest value must be what softmax makes of them.
 """
+
 import contextlib
 import math
 

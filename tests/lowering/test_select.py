@@ -1,4 +1,5 @@
 """The tables of implementations: order, refusals, names, forcing, and decisions on fake tensors."""
+
 import subprocess
 import sys
 import types
@@ -156,10 +157,17 @@ def test_deterministic_mode_takes_the_written_out_backward(hopper):
     assert implementation.name == "reference" and "no fixed order" in dict(skipped)["cudnn"]
 
 
-@pytest.mark.parametrize(("S", "T", "masked", "reason"), [
-    (192, 192, False, ""), (192, 192, True, "192 keys"), (128, 320, False, "192 keys"), (64, 128, True, ""),
-    (1, 256, False, "single query"),
-], ids=["causal", "mask", "prefix", "full-tiles", "one-query"])
+@pytest.mark.parametrize(
+    ("S", "T", "masked", "reason"),
+    [
+        (192, 192, False, ""),
+        (192, 192, True, "192 keys"),
+        (128, 320, False, "192 keys"),
+        (64, 128, True, ""),
+        (1, 256, False, "single query"),
+    ],
+    ids=["causal", "mask", "prefix", "full-tiles", "one-query"],
+)
 def test_lengths_that_the_backward_of_cudnn_gets_wrong(hopper, S, T, masked, reason):
     with FakeTensorMode():
         mask = torch.empty(S, T, dtype=torch.bool, device="cuda") if masked else None
@@ -173,7 +181,8 @@ def test_lengths_that_the_backward_of_cudnn_gets_wrong(hopper, S, T, masked, rea
 def as_if_on_cuda(x):
     """The metadata of `x`, on a CUDA device: a torch without CUDA can't slice even a fake CUDA tensor."""
     return types.SimpleNamespace(
-        dtype=x.dtype, device=torch.device("cuda"), shape=x.shape, stride=x.stride, storage_offset=x.storage_offset)
+        dtype=x.dtype, device=torch.device("cuda"), shape=x.shape, stride=x.stride, storage_offset=x.storage_offset
+    )
 
 
 @pytest.mark.parametrize(("lengths", "chosen"), [((255, 300), "cudnn"), ((300, 255), "reference")])
@@ -228,10 +237,14 @@ def test_decode_asks_the_kernels_their_limits_with_plain_numbers(kernels):
     assert k_rope.storage_offset() == 512 and latent.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("position", "value", "reason"), [
-    (0, torch.empty(2, 1, 512, 16).transpose(2, 3), "q_latent has columns 16 elements apart"),
-    (7, -1.0, "scale is -1.0"),
-], ids=["columns", "scale"])
+@pytest.mark.parametrize(
+    ("position", "value", "reason"),
+    [
+        (0, torch.empty(2, 1, 512, 16).transpose(2, 3), "q_latent has columns 16 elements apart"),
+        (7, -1.0, "scale is -1.0"),
+    ],
+    ids=["columns", "scale"],
+)
 def test_decode_leaves_to_the_reference_what_the_entry_refuses(kernels, position, value, reason):
     args = decode_args()
     args[position] = value
@@ -250,6 +263,6 @@ def test_decode_runs_the_kernel_without_its_checks_on_contiguous_lengths_and_pag
     args[4] = torch.arange(4, dtype=torch.int32)[::2]
     args[6] = torch.arange(12, dtype=torch.int32).view(3, 4).T[:2]
     assert decode.run("triton", *args) == "result"
-    (impl, passed), = calls
+    ((impl, passed),) = calls
     assert impl == "triton" and passed[4].is_contiguous() and passed[6].is_contiguous()
     assert all(a is b or torch.equal(a, b) for a, b in zip(passed, args))
