@@ -90,7 +90,10 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
             assert isinstance(site.structure, Structure)
             latent, k_rope, table = _paged(e, site.pages, site.structure)
         key = (mask, site.mask_version, site.mask.kind)
-        operand, seqlens = lengths.get(key) or decode_mask(e, site.mask, mask, site.node.args[2])
+        counted = lengths.get(key) or decode_mask(e, site.mask, mask, site.node.args[2])
+        operand, seqlens = counted
+        if operand is not None:
+            operand = e.call(aten.expand.default, operand, [-1, e.size(q_nope, 2), -1])
         q_latent = e.call(aten.einsum.default, "bhsn,hnc->bshc", [q_nope, w_uk])
         q_turned = e.call(aten.transpose.int, q_rope, 1, 2)
         decode = torch.ops.dsinfra.mla_decode.default
@@ -104,7 +107,7 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
         e.undo()
         raise Unsupported(f"the absorbed form could not be written: {error}") from error
     if mask is not None:
-        lengths[key] = (operand, seqlens)
+        lengths[key] = counted
     site.out.replace_all_uses_with(o)
     site.module.graph.erase_node(site.out)
     site.module.graph.erase_node(site.node)  # ours, pure, and without readers now

@@ -8,6 +8,7 @@ absorbed form. A softmax that feeds no second product is no attention (a router)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -80,6 +81,7 @@ class Attention:
     mask: fx.Node | None = None
     mask_labels: str = "bhst"
     inverted: bool = False
+    finite: bool = False  # hidden scores are set to a finite number: a row that sees nothing averages all values
     causal: bool = False
     form: str = "sdpa"
 
@@ -145,6 +147,7 @@ class _Scores:
     scale: float = 1.0
     mask: fx.Node | None = None
     inverted: bool = False
+    finite: bool = False
 
 
 class _Reader:
@@ -171,6 +174,7 @@ class _Reader:
             mask=scores.mask,
             mask_labels=labels,
             inverted=scores.inverted,
+            finite=scores.finite,
             form="eager" if len(scores.terms) == 1 else "absorbed",
         )
 
@@ -193,6 +197,8 @@ class _Reader:
                 raise ProbabilitiesUsed(f"the attention weights have {len(users)} readers", node)
             (user,) = users
             self.intact(node, self.memory.position[user])
+            if self.memory.training and user.target is aten.detach.default:
+                raise ProbabilitiesUsed("no gradient flows through the attention weights", user)
             if user.target in DROPOUT:
                 rate, training = argument(user, 1, "p", 0.0), argument(user, 2, "train", True)
                 if rate and training:
@@ -204,6 +210,8 @@ class _Reader:
     def scores(self, node: fx.Node, time: int) -> _Scores:
         """Parses an expression for the scores, read at ``time``, down to its products."""
         self.intact(node, time)
+        if self.memory.training and node.target is aten.detach.default:
+            raise NotBilinear("no gradient flows through the scores", node)
         at = self.memory.position[node]
         if node.target in CASTS:
             if node.meta["val"].dtype.itemsize < node.args[0].meta["val"].dtype.itemsize:
@@ -260,7 +268,7 @@ class _Reader:
         scores = self.scores(source, time)
         if scores.mask is not None:
             raise Unsupported("two masks", node)
-        scores.mask, scores.inverted = mask, inverted
+        scores.mask, scores.inverted, scores.finite = mask, inverted, fill > -math.inf
         return scores
 
 

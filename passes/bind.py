@@ -62,7 +62,7 @@ class Bindings:
     fused: fx.Node | None = None  # the weight [H * (N + V), C] that holds both up-projections, if one does
     training: bool = False
     mask_version: int = 0  # two sites share a count of the mask only if nothing wrote it in between
-    notes: list[str] = field(default_factory=list)
+    twins: list[Site] = field(default_factory=list)  # other runs of the same body
 
 
 class Binder:
@@ -95,6 +95,7 @@ class Binder:
         owner.node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in emitter.made)
         owner.module.graph.lint()
         owner.module.recompile()
+        bound.twins = [m.site for m in matches[1:]]
         return bound
 
     # ---- planning

@@ -34,6 +34,8 @@ def run(bound: list[Bindings]) -> PassRecord:
         site.site.reason = "; ".join(f"{other}: {reason}" for other, reason in skipped)
         if name == "mla" and isinstance(site.structure, Structure) and _written_out(site):
             site.site.kernel = _write_out(site, implementation.name)
+        for twin in site.twins:
+            twin.decision, twin.kernel, twin.reason = site.site.decision, site.site.kernel, site.site.reason
     return PassRecord(NAME, [b.site for b in bound])
 
 

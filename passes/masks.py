@@ -60,6 +60,8 @@ def classify(
 
 def _kind(evaluate: Evaluate, node: fx.Node, plane: tuple[int, int], time: int, labels: str, inverted: bool) -> str:
     shape = evaluate.sizes.shape(node)
+    if len(shape) > len(labels):
+        raise Unknown(f"it has {len(shape)} dimensions")
     labels = labels[len(labels) - len(shape) :]
     lead = {c: n for c, n in zip(labels, shape, strict=True) if c not in "st"}
     planes = int(np.prod(list(lead.values()), dtype=np.int64))

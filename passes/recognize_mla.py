@@ -65,6 +65,10 @@ class Recognizer:
         """Structure, mask and report line of one attention; raises a Refusal."""
         absorbed = len(attention.terms) == 2
         mask = self._mask(attention)
+        if attention.finite and mask.kind not in ("full", "causal"):
+            raise Unsupported(
+                "hidden scores are finite, and a row might see no key: it would average all values", anchor
+            )
         if self.memory.training and any(n.meta.get("dsinfra_no_grad") for n in (anchor, attention.out)):
             raise Unsupported("no gradient flows through the attention", anchor)
         structure: Structure | AbsorbedForm

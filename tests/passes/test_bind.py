@@ -565,18 +565,3 @@ def test_autocast(region: str, train: bool) -> None:
     exact, eager, found = results
     for e, ours, true in zip(eager, found, exact):
         assert ours.dtype is e.dtype and _error(ours, true) <= 2 * _error(e, true)
-
-
-def test_autocast_with_casts_written_out() -> None:
-    """Casts to the dtype that a value has already under autocast."""
-
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        with torch.autocast("cpu", torch.bfloat16):
-            q_nope, q_rope, latent, k_rope = self.parts(x)
-            kv = self.b(latent)
-            return _plain(self, *(t.to(kv.dtype) for t in (q_nope, q_rope, kv, k_rope)))
-
-    compiled, reports = compile_passes(toy(forward=forward)(dtype=torch.float32))
-    with torch.no_grad():
-        assert compiled(randn(2, S, D, dtype=torch.float32)).dtype is torch.bfloat16
-    assert only_site(reports).matched, only_site(reports)
