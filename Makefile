@@ -70,7 +70,7 @@ $(VENV)/.ready: pyproject.toml
 .venv-tf517/.ready: VERSION := 5.17.0
 .venv-tf512/.ready: VERSION := 5.12.1
 .venv-tf517/.ready .venv-tf512/.ready:
-	$(PYTHON) -m pip install -q --target $(@D) --no-deps --upgrade transformers==$(VERSION)
+	$(PYTHON) -m pip install -q --target $(@D) --upgrade transformers==$(VERSION) 'numpy<2.4'
 	touch $@
 
 clean:

@@ -164,6 +164,8 @@ class _Reader:
             raise Unsupported("softmax over another dimension than the last", node)
         scores = self.scores(source, self.memory.position[node])
         labels = scores.labels
+        if len(labels) != rank:
+            raise Unsupported(f"a mask of {rank} dimensions", node)
         return Attention(
             softmax=node,
             out=out,
