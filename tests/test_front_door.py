@@ -62,7 +62,7 @@ def test_demo_yields_eagers_tokens() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens: all 64 equal eager's" in done.stdout
     prefill, decoding = done.stdout.split("graph 0")[1].split("graph 1")
-    assert "model.layers.0.self_attn" in prefill and "model.layers.1.self_attn" in prefill, "lowered, or refused aloud"
+    assert "2 x mla lowered" in prefill, prefill
     assert "2 x mla lowered" in decoding and "absorbed" in decoding
 
 
