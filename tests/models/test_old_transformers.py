@@ -31,7 +31,7 @@ def test_core_cases(version: str) -> None:
     variable = f"DSINFRA_TF_{version.replace('.', '_')}"
     folder = os.environ.get(variable)
     if not folder:
-        pytest.skip(f"tier: transformers {version} in the directory {variable}")
+        pytest.skip(f"versions: {variable} names no folder with transformers {version}")
     cases = [f"{ROOT}/tests/models/test_zoo.py::test_case[{case.name}]" for case in select("core")]
     command = [
         sys.executable,
