@@ -25,7 +25,9 @@ def test_interpreter_tier(file: Path) -> None:
         pytest.skip("interpreter: this process runs the tier itself")
     triton = pytest.importorskip("triton", reason="interpreter: Triton is not installed")
     if _release(triton) <= (3, 8) and _release(numpy) >= (2, 4):
-        pytest.skip(f"interpreter: Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__}, only < 2.4")
+        pytest.skip(
+            f"interpreter: Triton {triton.__version__} cannot interpret with NumPy {numpy.__version__}, only < 2.4"
+        )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
