@@ -7,6 +7,7 @@ ordinary integers, once for each assignment.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-_FIRST = (3, 5, 7, 11, 13, 17, 19, 23)
-_SECOND = (257, 263, 269, 271, 277, 281, 283, 293)
+# Sizes that a proof is tried at: step * prime + base, the first of them that every guard of the trace allows.
+_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23)
+_BASES = (0, 256, 1024, 4096)
+_STEPS = (1, 8, 64, 128)
 
 
 class Sizes:
@@ -52,16 +56,52 @@ def free_symbols(graph: fx.Graph) -> list[sympy.Symbol]:
     return sorted(found, key=str)
 
 
-def assignments(graph: fx.Graph) -> list[Sizes]:
-    """The size assignments a proof has to hold for: one for a static graph, two of distinct primes otherwise."""
+def assignments(graph: fx.Graph, above: int = 0) -> list[Sizes]:
+    """The size assignments a proof has to hold for: one for a static graph, otherwise two of different orders.
+
+    A trace holds only where its guards do, so each assignment satisfies them: a branch that was taken at the traced
+    size is taken at these. With ``above``, every size of both exceeds it.
+
+    Raises:
+        ValueError: no two assignments that the guards allow were found.
+    """
     symbols = free_symbols(graph)
     if not symbols:
         return [Sizes()]
+    env = _shape_env(graph)
+    found: list[Sizes] = []
+    for step, base in itertools.product(_STEPS, _BASES):
+        if len(found) == 2:
+            break
+        base += -(-above // step) * step
+        values = (step * (_PRIMES[i % len(_PRIMES)] + 60 * (i // len(_PRIMES))) + base for i in range(len(symbols)))
+        sizes = Sizes(dict(zip(symbols, values, strict=True)))
+        if _allowed(env, sizes):
+            found.append(sizes)
+    if len(found) < 2:
+        raise ValueError(f"the guards on the sizes {symbols} allow none of those a proof is tried at")
+    return found
 
-    def spread(primes: tuple[int, ...]) -> Sizes:
-        return Sizes({s: primes[i % len(primes)] + 60 * (i // len(primes)) for i, s in enumerate(symbols)})
 
-    return [spread(_FIRST), spread(_SECOND)]
+def _shape_env(graph: fx.Graph) -> ShapeEnv:
+    """That of the symbolic sizes of a graph's inputs."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    raise ValueError("no symbolic size")
+
+
+def _allowed(env: ShapeEnv, sizes: Sizes) -> bool:
+    """Whether every range and guard that the trace relied on holds; one on other symbols says nothing here."""
+    numbers = {s: sympy.Integer(n) for s, n in sizes.assignment.items()}
+    for symbol, number in numbers.items():
+        bounds = env.var_to_range.get(symbol)
+        if bounds is not None and not bounds.lower <= number <= bounds.upper:
+            return False
+    held = (guard.expr.xreplace(env.replacements).xreplace(numbers) for guard in env.guards)
+    return all(expr != sympy.false for expr in held)
 
 
 def is_tensor(node: object) -> bool:
@@ -101,7 +141,8 @@ def module_path(node: fx.Node | None) -> str:
 def aliased_argument(node: fx.Node) -> fx.Node | None:
     """The argument whose storage this node's result shares (views and in-place results), by the operator's schema."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0]  # an item of a split shares the storage of all of them
+        # An item of a split shares the storage of all of them; each result of a sort has its own.
+        return None if _makes_fresh(node.args[0]) else node.args[0]
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.returns:
         return None
@@ -116,6 +157,14 @@ def aliased_argument(node: fx.Node) -> fx.Node | None:
         if shared and isinstance(value, fx.Node):
             return value
     return None
+
+
+def _makes_fresh(node: fx.Node) -> bool:
+    """True if every result of the operator has a storage of its own, by its schema (lists of views may not say so)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or any(str(r.type) != "Tensor" for r in schema.returns):
+        return False
+    return not any(x.alias_info for x in (*schema.arguments, *schema.returns))
 
 
 def written_arguments(node: fx.Node) -> Iterator[fx.Node]:

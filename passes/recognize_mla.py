@@ -25,7 +25,7 @@ from dscompile.passes.absorbed_form import AbsorbedForm, prove_absorbed
 from dscompile.passes.anchors import Attention
 from dscompile.passes.bind import Binder, Bindings
 from dscompile.passes.facts import Evaluate
-from dscompile.passes.graph import Sizes, assignments, module_path, source_line
+from dscompile.passes.graph import assignments, module_path, source_line
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
@@ -55,7 +55,11 @@ class Recognizer:
     def __init__(self, shadow: Shadow, training: bool = False):
         self.shadow = shadow
         self.memory = Memory(shadow.graph, training)
-        self.sizes = assignments(shadow.graph)
+        self.pinned = ""  # why the guards leave no sizes to prove anything at
+        try:
+            self.sizes = assignments(shadow.graph)
+        except ValueError as error:
+            self.sizes, self.pinned = [], str(error)
         self.evaluators = [Evaluate(self.memory, s) for s in self.sizes]
         self._proofs: list[tuple[Attention, Structure, set[fx.Node], str]] = []
         self._masks: dict[tuple, Mask] = {}
@@ -63,6 +67,8 @@ class Recognizer:
 
     def match(self, anchor: fx.Node, attention: Attention) -> Match:
         """Structure, mask and report line of one attention; raises a Refusal."""
+        if self.pinned:
+            raise Unsupported(self.pinned, anchor)
         absorbed = len(attention.terms) == 2
         mask = self._mask(attention)
         if attention.finite and mask.kind not in ("full", "causal"):
@@ -128,10 +134,10 @@ class Recognizer:
         """One a size assignment; with symbolic sizes, also one beyond every length that the mask's own numbers name."""
         if not self.sizes[0].assignment:
             return self.evaluators
-        beyond = 2 * _constants(mask) + 1
-        if beyond > LONGEST:
-            raise Unsupported(f"a mask of symbolic size that names the length {beyond // 2}", mask)
-        sizes = Sizes({s: n + beyond for s, n in self.sizes[-1].assignment.items()})
+        longest = _constants(mask)
+        if 2 * longest > LONGEST:
+            raise Unsupported(f"a mask of symbolic size that names the length {longest}", mask)
+        sizes = assignments(self.shadow.graph, above=2 * longest)[0]
         return [*self.evaluators, Evaluate(self.memory, sizes)]
 
     def _mask(self, attention: Attention) -> Mask:

@@ -89,6 +89,13 @@ def _fake_inputs(inputs: Sequence[object]) -> list[object]:
     return fakes
 
 
+def _autocast(node: fx.Node, owner: Owner) -> None:
+    """Gives a value the dtype that it has in Dynamo's graph: tracing keeps autocast's regions without their casts."""
+    value, known = node.meta["val"], owner.node.meta.get("example_value")
+    if isinstance(known, torch.Tensor) and known.dtype != value.dtype:
+        node.meta["val"] = value.to(known.dtype)
+
+
 def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     """Shadow of ``module``; must run where a backend runs (inside Dynamo's tracing context)."""
     mode = detect_fake_mode(inputs)
@@ -110,6 +117,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     owners: dict[fx.Node, list[Owner]] = defaultdict(list)
     for node, owner in zip(twin.graph.output_node().args[0], recorded, strict=True):
         owners[node].append(owner)
+        _autocast(node, owner)
         if owner.node in without_grad and owner.node.op not in ("placeholder", "get_attr"):
             node.meta["dsinfra_no_grad"] = True
         # Every value is an output of the twin; this marks those that Dynamo's graph (or a body) really returns.

@@ -392,6 +392,21 @@ def test_a_symbolic_scale_is_no_error() -> None:
     same_as_eager(changed, *[(randn(2, n, D, seed=n),) for n in (10, 17)], lengths=True)
 
 
+def test_autocast_with_casts_written_out() -> None:
+    """Casts to the dtype that a value has already under autocast."""
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        with torch.autocast("cpu", torch.bfloat16):
+            q_nope, q_rope, latent, k_rope = self.parts(x)
+            kv = self.b(latent)
+            q_nope, q_rope, kv, k_rope = (t.to(kv.dtype) for t in (q_nope, q_rope, kv, k_rope))
+            k_nope, v = kv.view(*kv.shape[:2], H, N + V).transpose(1, 2).split([N, V], -1)
+            return self.finish(q_nope, q_rope, k_nope, k_rope, v)
+
+    make, x = lambda: toy(forward=forward)(dtype=torch.float32), randn(2, S, D, dtype=torch.float32)
+    assert only_site(same_as_eager(make, (x,), rtol=0.1)).matched
+
+
 # ------------------------------------------------------------------ never another result
 
 
