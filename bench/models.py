@@ -1,7 +1,8 @@
 """The models that whole-model benchmarks run: DeepSeek shapes with random weights, and micro ones for a dry run.
 
 `v2lite` is DeepSeek-V2-Lite as published (27 layers, 15.7 B parameters). `v3x3` has DeepSeek-V3's widths and heads in 3
-layers, 1 dense and 2 with 64 experts: what fits one card. `micro` and `micro61` have tiny layers, 2 and 61 of them.
+layers, 1 dense and 2 with 64 experts: what fits one card; `v3layer` is one of the latter. `micro`, `microlayer` and
+`micro61` have tiny layers, 2, 1 and 61 of them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,24 @@ _MICRO = {
     "max_position_embeddings": 32768,
 }
 
+_V3 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 32000,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 64,
+    "q_lora_rank": 1536,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 32768,
+    **_SHARED,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "v2lite": {
         "model_type": "deepseek_v2",
@@ -59,26 +78,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         **_SHARED,
     },
-    "v3x3": {
-        "model_type": "deepseek_v3",
-        "vocab_size": 32000,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "n_shared_experts": 1,
-        "n_routed_experts": 64,
-        "q_lora_rank": 1536,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 32768,
-        **_SHARED,
-    },
+    "v3x3": {**_V3, "num_hidden_layers": 3, "first_k_dense_replace": 1},
+    "v3layer": {**_V3, "num_hidden_layers": 1, "first_k_dense_replace": 0},
     "micro": _MICRO,
+    "microlayer": {**_MICRO, "num_hidden_layers": 1, "first_k_dense_replace": 0},
     "micro61": {**_MICRO, "num_hidden_layers": 61},
 }
 
