@@ -7,6 +7,7 @@ warp_specialize takes other arguments.
 
     name here     3.6                               3.7               3.8               3.9
     tma_load      tma.async_copy_global_to_shared   =                 tma.async_load    =
+    tma_store     tma.async_copy_shared_to_global   =                 tma.async_store   =
     cta_barrier   gl.thread_barrier                 gl.barrier        =                 =
     aggregate     core._aggregate                   =                 =                 gluon.aggregate
 
@@ -55,6 +56,7 @@ __all__ = [
     "sm_count",
     "start",
     "tma_load",
+    "tma_store",
     "triton_version",
 ]
 
@@ -111,6 +113,7 @@ def sm_count(device: torch.device) -> int:
 # Names that move
 
 tma_load: Any = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)
+tma_store: Any = getattr(tma, "async_store", None) or getattr(tma, "async_copy_shared_to_global", None)
 cta_barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)
 
 
