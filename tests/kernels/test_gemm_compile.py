@@ -1,0 +1,73 @@
+"""What the compiler makes of the GEMM kernels, without a device: instructions, registers, spills, shared memory.
+
+With the installed Triton, and with another one if DSINFRA_TRITON_NEWEST names a folder that holds it
+(`pip install --target FOLDER triton`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+HOPPER_SHARED = 232448  # bytes a CTA may have
+CONSUMER_SHARED = 101376
+
+
+def compile_all(extra_path: str | None) -> dict:
+    path = [extra_path, str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_gemm.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    return json.loads(run.stdout.splitlines()[-1])["facts"]
+
+
+@pytest.fixture(scope="module", params=["installed", "newest"])
+def facts(request: pytest.FixtureRequest) -> dict:
+    pytest.importorskip("triton", reason="compile_only: Triton is not installed")
+    if request.param == "installed":
+        return compile_all(None)
+    folder = os.environ.get("DSINFRA_TRITON_NEWEST")
+    if not folder:
+        pytest.skip("versions: DSINFRA_TRITON_NEWEST names no folder with another Triton")
+    return compile_all(folder)
+
+
+def named(facts: dict, start: str) -> dict[str, dict]:
+    found = {key: fact for key, fact in facts.items() if key.startswith(start)}
+    assert found, f"no kernel {start} among {list(facts)}"
+    return found
+
+
+def test_gluon_instructions(facts: dict) -> None:
+    """A step of 128 bytes is four products deep: one N-wide series a consumer, or two 128 wide with FP8."""
+    for key, fact in named(facts, "gluon").items():
+        _, dtype, tile, *_ = key.split("-")
+        bm, bn = map(int, tile.split("x"))
+        wide = 128 if dtype == "fp8" else bn
+        kind = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "fp8": "k32.f32.e4m3.e4m3"}[dtype]
+        assert set(fact["wgmma"]) == {f"m64n{wide}{kind}"}, key
+        assert len(fact["wgmma"]) == 4 * bn // wide * bm // 64, key
+        assert fact["tma_loads"] >= 2 and fact["tma_stores"] >= bm // 64, key
+        assert fact["warnings"] == [], key
+
+
+def test_gluon_resources(facts: dict) -> None:
+    """Two consumers and a loader start with 168 registers each and trade them; one consumer has enough anyway."""
+    for key, fact in named(facts, "gluon").items():
+        assert (fact["registers"], fact["warps"]) in ((168, 12), (232, 8)), key
+        assert fact["spills"] == 0 and fact["stack"] == 0, key
+        assert fact["shared"] <= HOPPER_SHARED, key
+
+
+def test_triton_resources(facts: dict) -> None:
+    for key, fact in named(facts, "triton").items():
+        assert fact["spills"] == 0 and fact["stack"] == 0, key
+        assert fact["shared"] <= CONSUMER_SHARED, key
