@@ -1,0 +1,51 @@
+"""What NVRTC makes of the FP8 kernel's instances, without a device: registers, spills, products, copies."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dscompile.kernels import gemm_cuda, nvrtc
+from dscompile.kernels.gemm_cuda import LAYOUTS, TILES
+
+pytestmark = pytest.mark.slow
+
+if nvrtc.why_no_nvrtc():
+    pytest.skip("compile_only: NVRTC is not installed", allow_module_level=True)
+
+
+def instances() -> list[tuple[str, str]]:
+    """Every tile for dense rows; of those that groups use, both their layouts."""
+    return [(name, layout) for name in TILES for layout in LAYOUTS]
+
+
+def disassemble(cubin: bytes, folder: Path) -> str:
+    nvidia = pytest.importorskip("triton.backends.nvidia", reason="compile_only: nvdisasm comes with Triton")
+    (folder / "kernel.cubin").write_bytes(cubin)
+    tool = Path(next(iter(nvidia.__path__))) / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", folder / "kernel.cubin"], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("name", "layout"), instances(), ids=lambda value: value)
+def test_instance(name: str, layout: str, tmp_path: Path) -> None:
+    tile = TILES[name]
+    sources, options = gemm_cuda.program(tile, layout)
+    cubin, log = nvrtc.compile_with_log(sources, ["--gpu-architecture=sm_90a", *options, "--ptxas-options=-v"])
+    # setmaxnreg moves registers between roles: 168 a thread at the start is 40, 232, 232 or 56, 224, 224 afterwards.
+    assert re.findall(r"Used (\d+) registers", log) == ["168"], log
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")], log
+    assert "warning" not in log.lower(), log
+    assert tile.shared_bytes <= gemm_cuda.SHARED_BYTES and tile.stages >= 3
+
+    sass = disassemble(cubin, tmp_path)
+    width = tile.columns // tile.across
+    waves = tile.rows * tile.across // 128
+    copies_of_loop = 128 // (128 if tile.columns % 128 == 0 else tile.columns & -tile.columns)
+    kinds = 1 + (waves == 2 and layout != "dense") * 0.5  # a tile that is half empty has a loop of one wave
+    assert len(re.findall(rf"QGMMA\.64x{width}x32\.F32\.E4M3\.E4M3", sass)) == 4 * waves * copies_of_loop * kinds
+    assert len(re.findall(r"\bFFMA\b", sass)) == width // 2 * waves * copies_of_loop * kinds
+    multicasts = len(re.findall(r"UTMALDG\.3D\.MULTICAST", sass))
+    assert multicasts == (tile.share != "none") and len(re.findall(r"UTMALDG\.3D", sass)) == 3
+    assert len(re.findall(r"UTMASTG\.3D", sass)) == tile.rows * tile.across // 128 * (width // 64)
+    assert len(re.findall(r"USETMAXREG", sass)) == 2
