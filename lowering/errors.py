@@ -47,6 +47,26 @@ class SeqlensError(OperatorError):
     """`seqlens` has the wrong length, dtype or number of dimensions."""
 
 
+class GroupEndsError(OperatorError):
+    """`ends`, or the counts of a masked layout, has the wrong length, dtype or number of dimensions."""
+
+
+class ScaleError(OperatorError):
+    """The scales of FP8 values have another shape, dtype or layout than their blocks ask for."""
+
+
+class RouterError(OperatorError):
+    """A router's settings contradict each other or the number of experts."""
+
+
+class ExpertIdsError(OperatorError):
+    """The expert ids have an unusable dtype or shape or, where they are checked, a value far outside the experts."""
+
+
+class ActivationError(OperatorError):
+    """An activation was asked for by a name that experts don't compute."""
+
+
 class NotDifferentiable(OperatorError):
     """A gradient was asked of an argument or operator that has none."""
 

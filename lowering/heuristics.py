@@ -1,12 +1,15 @@
-"""Predicted cost of MLA's two forms: keys and values expanded from the latent, or the up-projection absorbed.
+"""Predicted costs: of MLA's two forms, keys and values expanded from the latent or the up-projection absorbed, and of
+an expert layer.
 
-Both give the same result. *Expanded* pays two GEMMs over all T cached rows and then attends over N + R wide keys and V
-wide values; *absorbed* attends over the latent itself, C + R wide keys and C wide values, about four times the
-multiplications, but reads each cached row once for all heads. So absorbed wins where few queries meet many rows
-(decode), expanded where each expanded row serves many queries (prefill). Pure functions of sizes: a roofline, each step
+Both forms of MLA give the same result. *Expanded* pays two GEMMs over all T cached rows and then attends over N + R
+wide keys and V wide values; *absorbed* attends over the latent itself, C + R wide keys and C wide values, about four
+times the multiplications, but reads each cached row once for all heads. So absorbed wins where few queries meet many
+rows (decode), expanded where each expanded row serves many queries (prefill). An expert layer costs the weights of the
+experts that are hit, or its products where many tokens share them. Pure functions of sizes: a roofline, each step
 costing the larger of its arithmetic and its traffic.
 
-B requests, S query length, T rows of the cache, H heads, N nope, R rope, V value, C latent; times in seconds.
+MLA: B requests, S query length, T rows of the cache, H heads, N nope, R rope, V value, C latent. Experts: T tokens,
+D width, F expert width, E experts, K experts a token. Times in seconds.
 """
 
 from __future__ import annotations
@@ -159,3 +162,65 @@ def prefer_absorbed(
         f"{'absorbed' if better else 'expanded'}: {absorbed * 1e6:.1f} us absorbed against {expanded * 1e6:.1f} us "
         f"expanded predicted on {card.name} (B {B}, S {S}, T {T}, H {H}{mask}{margin})"
     )
+
+
+@dataclass(frozen=True)
+class ExpertsCost:
+    """What an expert layer is predicted to take: `seconds` for `flops` and `bytes_moved`, by a roofline a step."""
+
+    seconds: float
+    flops: float
+    bytes_moved: float
+    experts_hit: float
+    card: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds * 1e6:.1f} us predicted on {self.card} ({self.flops / 1e9:.1f} GFLOP, "
+            f"{self.bytes_moved / 1e6:.1f} MB, {self.experts_hit:.0f} experts hit)"
+        )
+
+
+# Tensor cores multiply FP8 twice as fast as 16 bits; where there are none of FP8, values are converted first.
+_FP8_SPEEDUP = 2.0
+
+
+def experts_hit(T: int, E: int, K: int) -> float:
+    """How many experts T tokens are expected to go to, each to K different ones of equal chance."""
+    return E * (1 - (1 - K / E) ** T)
+
+
+def experts_cost(
+    T: int,
+    D: int,
+    F: int,
+    E: int,
+    K: int,
+    weight_bytes: int = 2,
+    dtype_bytes: int = 2,
+    card: Card = H100,
+    *,
+    swiglu_fused: bool = True,
+) -> ExpertsCost:
+    """An expert layer without its router: gather, two grouped products, activation, weighted sum.
+
+    Args:
+        weight_bytes: of a weight; 1 means FP8 products, on cards that have them.
+        dtype_bytes: of an activation.
+        swiglu_fused: the first product writes F columns a row, not 2F that are read again. FP8 rows are quantised
+            between the products, so they never are.
+    """
+    M, hit, fp8 = T * K, experts_hit(T, E, K), weight_bytes == 1
+    rate = card.gemm * (_FP8_SPEEDUP if fp8 and card in (H100, H200) else 1.0)
+    row_bytes = 1 if fp8 else dtype_bytes  # of what a product reads
+    fused = swiglu_fused and not fp8
+    first_out, flops_first, flops_second = F if fused else 2 * F, 4 * M * D * F, 2 * M * F * D
+    steps = (
+        (0, dtype_bytes * T * D + row_bytes * M * D),
+        (flops_first, weight_bytes * hit * 2 * F * D + row_bytes * M * D + dtype_bytes * M * first_out),
+        (0, 0 if fused else dtype_bytes * M * 2 * F + row_bytes * M * F),
+        (flops_second, weight_bytes * hit * F * D + row_bytes * M * F + dtype_bytes * M * D),
+        (0, dtype_bytes * (M + T) * D),
+    )
+    seconds = sum(_roofline(flops, rate, moved, card) for flops, moved in steps)
+    return ExpertsCost(seconds, flops_first + flops_second, sum(moved for _, moved in steps), hit, card.name)

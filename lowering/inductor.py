@@ -5,6 +5,7 @@
 | ``compile_fx(gm, inputs, config_patches=...)`` | yes | yes (one more parameter, unused) |
 | ``CustomGraphPass`` with ``uuid()`` as ``post_grad_custom_post_pass`` | yes | yes (a list is allowed too, not used) |
 | ``list_mode_options`` (public) | yes | yes |
+| ``_dynamo_source`` and ``meta["tensor_dict"]`` of Dynamo's inputs, ``TracingContext.tensor_to_context`` | yes | yes |
 """
 
 from __future__ import annotations
@@ -93,6 +94,36 @@ def compile_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(module, inputs)
+
+
+def copied_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """An input of Dynamo's graph in another graph, with the source that AOTAutograd asks for (node_copy leaves it)."""
+    made = graph.node_copy(node)
+    made._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+    return made
+
+
+def static_input(graph: fx.Graph, name: str, meta: dict[str, Any], value: torch.Tensor) -> fx.Node:
+    """A further input of a graph from Dynamo: a tensor whose address stays, as a parameter's does, for CUDA graphs.
+
+    Its sizes are numbers also under ``dynamic=True``: AOTAutograd is told by the tracing context, where Dynamo notes
+    the tensors that it knows.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+    made = graph.placeholder(name)
+    made.meta = {**meta, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+    made._dynamo_source = None  # type: ignore[attr-defined]
+    context = TracingContext.try_get()
+    if context is not None and value not in context.tensor_to_context:
+        context.tensor_to_context[value] = StatefulSymbolicContext(
+            dynamic_sizes=[DimDynamic.STATIC] * value.dim(),
+            constraint_sizes=[None] * value.dim(),
+            tensor_source=ConstantSource(name),
+        )
+    return made
 
 
 def reset() -> None:

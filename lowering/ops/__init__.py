@@ -1,9 +1,32 @@
 """The operators of the `dsinfra` namespace; importing this package registers them with torch.
 
-Each module holds one operator: its schema, checks and shape function, the plain-PyTorch reference that computes it on
-any device, its autograd and FLOP formulas, and the registration of its implementations in `lowering.select`.
+Each module holds one operator, or a few that share their arguments: schema, checks and shape function, the
+plain-PyTorch reference that computes it on any device, its autograd and FLOP formulas, and the registration of its
+implementations in `lowering.select`.
 """
 
-from dscompile.lowering.ops import mla, mla_decode
+from dscompile.lowering.ops import (
+    experts,
+    fp8_experts,
+    fp8_grouped_linear,
+    fp8_linear,
+    grouped_linear,
+    mla,
+    mla_decode,
+    permute,
+    quantize,
+    route,
+)
 
-__all__ = ["mla", "mla_decode"]
+__all__ = [
+    "experts",
+    "fp8_experts",
+    "fp8_grouped_linear",
+    "fp8_linear",
+    "grouped_linear",
+    "mla",
+    "mla_decode",
+    "permute",
+    "quantize",
+    "route",
+]

@@ -26,7 +26,8 @@ def define(
         schema: arguments and results, from the opening parenthesis on.
         kernel: runs on every device; chooses its implementation itself.
         fake: the shape function, for static and symbolic shapes; it makes the same checks as `kernel`.
-        autocast: cast all floating arguments to the autocast dtype where autocast is on (CPU and CUDA).
+        autocast: cast all floating arguments to the autocast dtype where autocast is on (CPU and CUDA). Either way the
+            kernel runs with autocast off: a reference in plain PyTorch computes in the dtypes that it chooses.
 
     Raises:
         RuntimeError: the name is taken (by torch: a second registration is never silent).
@@ -34,10 +35,9 @@ def define(
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    if autocast:
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        for device_type in ("cpu", "cuda"):
-            _LIBRARY.impl(name, _autocast_kernel(op, device_type), "Autocast" + device_type.upper())
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device_type in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _autocast_kernel(op, device_type, autocast), "Autocast" + device_type.upper())
 
 
 def define_autograd(name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -45,11 +45,11 @@ def define_autograd(name: str, *, setup_context: Callable[..., None], backward: 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _autocast_kernel(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
+def _autocast_kernel(op: torch._ops.OpOverload, device_type: str, cast: bool) -> Callable[..., Any]:
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return op(*(_cast(arg, device_type, dtype) for arg in args))
+            return op(*(_cast(arg, device_type, dtype) for arg in args) if cast else args)
 
     return cast_and_call
 
