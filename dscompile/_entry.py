@@ -1,7 +1,7 @@
 """The entry point that torch loads for `backend="dsinfra"`, apart from `backend.py` so that loading it costs nothing.
 
 torch resolves a backend's name while it builds the compiled callable; the backend's own imports (passes, operators,
-kernels) wait until the first graph arrives.
+kernels) wait until the first graph arrives. What has to stand before the first trace is set up here.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ def _reset() -> None:
 dsinfra.reset = _reset  # type: ignore[attr-defined]
 
 
+def _watch() -> None:
+    """Offer transformers' FP8 layers our kernels at the start of each compilation: a graph would come too late."""
+    if "torch._dynamo" in sys.modules:  # torch loads this module from there
+        from dscompile.adapters.hf_fp8 import watch
+
+        watch()
+
+
+_watch()
+
+
 def ensure_registered() -> None:
     """Make the name known to torch where the package runs from a checkout that was never installed.
 
@@ -50,3 +61,4 @@ def ensure_registered() -> None:
 
     if BACKEND_NAME not in list_backends(exclude_tags=()):
         register_backend(dsinfra, name=BACKEND_NAME)
+    _watch()

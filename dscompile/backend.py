@@ -15,11 +15,14 @@ import torch
 from torch import fx
 
 from dscompile import report as reports
+from dscompile.adapters import hf_fp8
 from dscompile.config import Config
 from dscompile.dump import Dump
 from dscompile.errors import AnalysisFailed, StrictRefusal
 from dscompile.lowering import inductor
-from dscompile.passes import pipeline
+from dscompile.passes import fp8_free, pipeline
+from dscompile.passes.fp8_prepared import Prepared
+from dscompile.passes.fp8_refusals import KeptPrecise
 from dscompile.report import CompileReport
 
 log = logging.getLogger("dscompile")
@@ -50,29 +53,39 @@ def dsinfra(
     config = Config.of(mode, options)
     dump = Dump(config.dump)
     report = CompileReport(device=_device(example_inputs))
-    if config.enable:
-        _analyse(gm, example_inputs, config, dump, report)
+    prepared = _analyse(gm, example_inputs, config, dump, report) if config.enable else None
     report.op_counts = pipeline.op_counts(gm)
     dump.finish(report)
     sink(report)
     log.info("%s", report)
-    return _compile(gm, example_inputs, config)
+    if prepared is None or not prepared.slots:
+        return _compile(gm, example_inputs, config)
+    compiled = prepared.bind(_compile(*prepared.lift(), config))
+    if config.fp8_free and config.inner != "eager":  # which would run what is dead, too
+        report.records.append(fp8_free.run(prepared))
+        log.info("dsinfra: %s", report.records[-1].note)
+    return compiled
 
 
 dsinfra.reset = inductor.reset  # type: ignore[attr-defined]
+hf_fp8.watch()
 
 
-def _analyse(gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport) -> None:
-    """Runs the passes and fills the report."""
+def _analyse(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport
+) -> Prepared | None:
+    """Runs the passes and fills the report; -> the values that the rewritten graph takes as further inputs."""
     try:
-        outcome = pipeline.run(gm, inputs, strict=config.strict, observe=dump.observe)
+        outcome = pipeline.run(
+            gm, inputs, strict=config.strict, observe=dump.observe, fp8=config.fp8, fp8_head=config.fp8_head
+        )
     except Exception as error:
         raise AnalysisFailed(f"the analysis raised {type(error).__name__}: {error}") from error
     report.records, report.sites = outcome.records, outcome.sites
     if outcome.error is not None:
         report.error = f"{type(outcome.error).__name__}: {outcome.error}"
         log.warning("dsinfra: %s; this graph is left to Inductor", report.error)
-    refused = report.refused
+    refused = [site for site in report.refused if site.refusal != KeptPrecise.__name__]
     if config.strict and refused:
         first = refused[0]
         raise StrictRefusal(
@@ -80,6 +93,7 @@ def _analyse(gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Du
             f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ")
             + "."
         )
+    return outcome.prepared
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ from typing import Any
 from dscompile.errors import OptionError
 
 INNER = ("inductor", "aot_eager", "eager")
+FP8 = ("block",)
+_FLAGS = ("strict", "enable", "fp8_head", "fp8_free")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -26,6 +28,9 @@ class Config:
     strict: bool = False  #: Raise where an attention would be left to Inductor or the analysis fails.
     dump: str | None = None  #: Directory for graphs before and after each pass, differences and the record as JSON.
     enable: bool = True  #: False compiles with Inductor alone, to compare.
+    fp8: str | None = None  #: "block" computes 16-bit linear layers and experts in block-scaled FP8 (inference only).
+    fp8_head: bool = False  #: Under fp8, quantise also the layer whose result leaves the graph: the vocabulary's head.
+    fp8_free: bool = False  #: Under fp8, give back the memory of quantised weights: compiled calls alone remain.
     inductor: Mapping[str, Any] = field(default_factory=dict)  #: Settings passed on to Inductor.
 
     @classmethod
@@ -66,7 +71,7 @@ def _from_environment() -> dict[str, Any]:
         if variable in names and text != "":
             name = names[variable]
             value: Any = text
-            if name in ("strict", "enable"):
+            if name in _FLAGS:
                 value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower(), text)
             found[name] = _checked(name, value, variable)
     return found
@@ -77,7 +82,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise OptionError(f"{where} is {value!r}; allowed are {', '.join(INNER)}.")
     if name == "mode" and value is not None and value not in MODES:
         raise OptionError(f"{where} is {value!r}; allowed are {', '.join(MODES)}.")
-    if name in ("strict", "enable") and not isinstance(value, bool):
+    if name == "fp8" and value is not None and value not in FP8:
+        raise OptionError(f"{where} is {value!r}; allowed are {', '.join(FP8)}, or None.")
+    if name in _FLAGS and not isinstance(value, bool):
         raise OptionError(f"{where} is {value!r}; it must be True or False.")
     if name == "dump" and value is not None and not isinstance(value, (str, os.PathLike)):
         raise OptionError(f"{where} is {value!r}; it must be the path of a directory, or None.")

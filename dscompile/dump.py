@@ -20,7 +20,7 @@ from torch import fx
 from torch._logging import trace_structured
 
 from dscompile.errors import DumpDirectoryError
-from dscompile.passes.pipeline import PASSES
+from dscompile.passes.pipeline import NUMBERS
 
 if TYPE_CHECKING:
     from dscompile.report import CompileReport
@@ -38,7 +38,7 @@ class Dump:
         if self.directory is None and not _tracing():
             return
         text = readable(module)
-        prefix = f"{PASSES.index(name):02d}_{name}"
+        prefix = f"{NUMBERS[name]:02d}_{name}"
         self._write(f"{prefix}.{stage}.txt", text)
         if stage == "before":
             self._before[name] = text

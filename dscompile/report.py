@@ -125,8 +125,8 @@ def table(graphs: list[CompileReport]) -> str:
         lines = [f"graph {number}" + (f" on {graph.device}" if graph.device else "")]
         if graph.error:
             lines.append(f"  analysis stopped, the rest is Inductor's: {graph.error}")
-        for site, names in _grouped(graph.sites).items():
-            lines.extend(_entry(site, names))
+        for key, sites in _grouped(graph.sites).items():
+            lines.extend(_entry(key, sites))
         if not graph.sites:
             lines.append("  no attention found")
         blocks.append("\n".join(lines))
@@ -136,21 +136,25 @@ def table(graphs: list[CompileReport]) -> str:
 _SHOWN = ("source", "form", "mask", "decision", "kernel", "reason", "hint")
 
 
-def _grouped(sites: list[Site]) -> dict[tuple, list[str]]:
-    groups: dict[tuple, list[str]] = {}
+def _grouped(sites: list[Site]) -> dict[tuple, list[Site]]:
+    groups: dict[tuple, list[Site]] = {}
     for site in sites:
         key = (site.kind, site.matched, site.refusal, *(getattr(site, f) for f in _SHOWN))
-        groups.setdefault(key, []).append(site.module_path or "(top)")
+        groups.setdefault(key, []).append(site)
     return groups
 
 
-def _entry(key: tuple, names: list[str]) -> list[str]:
+def _entry(key: tuple, sites: list[Site]) -> list[str]:
     kind, matched, refusal, *shown = key
+    names = [site.module_path or "(top)" for site in sites]
     count = f"{len(names)} x " if len(names) > 1 else ""
     where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
     head = f"  {count}{kind} {'lowered' if matched else f'refused ({refusal})'}: {where}"
     lines = [head]
     lines += [f"      {name:9s}{value}" for name, value in zip(_SHOWN, shown, strict=True) if value and value != "?"]
+    if any(site.errors for site in sites):
+        largest = {what: max(site.errors[what] for site in sites) for what in sites[0].errors}
+        lines.append("      errors   " + ", ".join(f"{what} {100 * e:.1f} %" for what, e in largest.items()))
     return lines
 
 

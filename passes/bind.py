@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from dscompile.passes import fp8_values
 from dscompile.passes.absorbed_form import AbsorbedForm
 from dscompile.passes.emit import Emitter, window
+from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import Site
@@ -63,13 +65,14 @@ class Bindings:
     training: bool = False
     mask_version: int = 0  # two sites share a count of the mask only if nothing wrote it in between
     twins: list[Site] = field(default_factory=list)  # other runs of the same body
+    up_projections: tuple[fx.Node, ...] = ()  # the weights that the latent is contracted with, as the model holds them
 
 
 class Binder:
     """Writes the matches of one shadow into Dynamo's graph."""
 
-    def __init__(self, shadow: Shadow, memory: Memory, training: bool):
-        self.shadow, self.memory, self.training = shadow, memory, training
+    def __init__(self, shadow: Shadow, memory: Memory, training: bool, prepared: Prepared | None = None):
+        self.shadow, self.memory, self.training, self.prepared = shadow, memory, training, prepared
         self._order: dict[fx.GraphModule, dict[fx.Node, int]] = {}
 
     def write(self, owner: Owner, matches: list[Match]) -> Bindings:
@@ -151,7 +154,13 @@ class Binder:
             raise UnboundValue(f"the weight `{name}` has no tensor in the graph of the attention", rows.node)
         if not self.memory.unchanged(rows.node, rows.time, time):
             raise MutatedOperand(f"the weight `{name}` is overwritten before the attention", rows.node)
-        return Read(held, replace(rows, node=held, time=0))  # two runs of one body read alike at different times
+        scale = None
+        if rows.scale is not None:
+            scale = self._held(owner, rows.scale)
+            if scale is None or not self.memory.unchanged(rows.scale, rows.time, time):
+                raise UnboundValue(f"the scales of the FP8 weight `{name}` can't be read at the attention", rows.scale)
+        # Two runs of one body read alike at different times.
+        return Read(held, replace(rows, node=held, scale=scale, time=0))
 
     def _page_read(self, owner: Owner, pages: Pages | None, time: int) -> Read | None:
         if pages is None:
@@ -182,7 +191,8 @@ class Binder:
     def _expanded(self, e: Emitter, owner: Owner, match: Match, plan: dict[str, Read]) -> Bindings:
         s = match.structure
         assert isinstance(s, Structure)
-        dtype = match.attention.dtype
+        sources = tuple(plan[n].node for n in ("w_uk", "w_uv"))
+        dtype, plan = match.attention.dtype, self._dequantized(e, plan)
         q_nope = self._value(e, plan, "q_nope", "bhsd", s.nope, dtype)
         latent = self._value(e, plan, "latent", "btd", s.rank, dtype)
         if s.rope:
@@ -202,7 +212,22 @@ class Binder:
         version = 0
         if match.mask.node is not None:
             version = self.memory.version(match.mask.node, self.memory.position[match.attention.softmax])
-        return Bindings(match.site, owner.module, node, out, match.mask, mask, s, pages, fused, self.training, version)
+        bound = Bindings(match.site, owner.module, node, out, match.mask, mask, s, pages, fused, self.training, version)
+        bound.up_projections = sources
+        return bound
+
+    def _dequantized(self, e: Emitter, plan: dict[str, Read]) -> dict[str, Read]:
+        """The plan with FP8 up-projections read from their dequantised values."""
+        made: dict[tuple, fx.Node] = {}
+        for name in ("w_uk", "w_uv"):
+            rows = plan[name].slot
+            assert isinstance(rows, Rows)
+            if rows.scale is not None:
+                key = (rows.node, rows.scale, rows.dtype)
+                node = made.get(key) or fp8_values.dequantized(e, self.prepared, *key)
+                made[key] = node
+                plan = {**plan, name: Read(node, replace(rows, node=node, scale=None))}
+        return plan
 
     def _fused(self, plan: dict[str, Read], s: Structure, dtype: torch.dtype) -> fx.Node | None:
         """The matrix whose rows are exactly the heads' blocks of both up-projections."""

@@ -17,6 +17,7 @@ from torch import fx
 from dscompile.lowering import select
 from dscompile.passes.bind import Bindings, expressions
 from dscompile.passes.emit import Emitter
+from dscompile.passes.experts_bind import Written
 from dscompile.passes.record import PassRecord
 from dscompile.passes.structure import Structure
 
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 NAME = "lower"
 
 
-def run(bound: list[Bindings]) -> PassRecord:
+def run(bound: list[Bindings | Written]) -> PassRecord:
     """Chooses for each site; the call itself asks the same table again at run time."""
     for site in bound:
         args = fx.node.map_arg(site.node.args, lambda n: n.meta["example_value"])

@@ -1,9 +1,11 @@
 """The ordered list of passes, and the one function that runs them on Dynamo's graph.
 
-    shadow  ->  recognize_mla  ->  absorb  ->  lower
+    recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->  lower
+    (->  fp8_share, quantize_weights where FP8 is read or asked for)
 
-A graph without a softmax or an attention is not traced at all. Nothing here may break a compilation: what raises is
-turned into a note of the record (``strict`` raises instead), and the graph stays as the finished passes left it.
+A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
+compilation: what raises is turned into a note of the record (``strict`` raises instead), and the graph stays as the
+finished passes left it.
 """
 
 from __future__ import annotations
@@ -12,22 +14,44 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 import dscompile.lowering.ops  # noqa: F401  (registers the operators the passes write)
-from dscompile.passes import absorb, lower, recognize_mla
+from dscompile.passes import (
+    absorb,
+    fp8_share,
+    lower,
+    quantize_weights,
+    recognize_experts,
+    recognize_fp8,
+    recognize_mla,
+    recognize_router,
+)
 from dscompile.passes.bind import Bindings
+from dscompile.passes.experts_bind import Written
+from dscompile.passes.fp8_prepared import Prepared
+from dscompile.passes.fp8_roles import up_projections
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.shadow import trace
 
 Observer = Callable[[str, str, fx.GraphModule], None]  # (pass, "before" | "after", graph)
 
-PASSES = ("shadow", recognize_mla.NAME, absorb.NAME, lower.NAME)
+PASSES = (
+    "shadow",
+    recognize_mla.NAME,
+    absorb.NAME,
+    recognize_experts.NAME,
+    recognize_router.NAME,
+    lower.NAME,
+)
+# For the names of files: also of the passes that run only where FP8 is read or asked for.
+NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
+NUMBERS |= {name: len(PASSES) + i for i, name in enumerate((fp8_share.NAME, quantize_weights.NAME))}
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
 _ANCHORS = ("scaled_dot_product_attention", "softmax", "_softmax")
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # products by expert
 
 
 @dataclass
@@ -36,21 +60,41 @@ class Outcome:
 
     records: list[PassRecord] = field(default_factory=list)
     error: BaseException | None = None
+    prepared: Prepared | None = None  # values made once from weights, which the compiled graph takes as inputs
 
     @property
     def sites(self) -> list[Site]:
-        return next((r.sites for r in self.records if r.name == recognize_mla.NAME), [])
+        names = (
+            recognize_mla.NAME,
+            recognize_experts.NAME,
+            recognize_router.NAME,
+            recognize_fp8.NAME,
+            quantize_weights.NAME,
+        )
+        return [site for name in names for r in self.records if r.name == name for site in r.sites]
 
 
 def run(
-    module: fx.GraphModule, inputs: Sequence[object], *, strict: bool = False, observe: Observer | None = None
+    module: fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    strict: bool = False,
+    observe: Observer | None = None,
+    fp8: str | None = None,
+    fp8_head: bool = False,
 ) -> Outcome:
-    """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``."""
+    """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``.
+
+    With ``fp8``, weights are quantised, the head's too with ``fp8_head``.
+    """
     outcome = Outcome()
-    if not any(_is_anchor(node) for node in _nodes(module)):
-        return outcome
+    observe = observe or (lambda *_: None)
+    found: recognize_fp8.Found = []
     try:
-        _run(module, inputs, outcome, observe or (lambda *_: None))
+        if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
+            found = _fp8(module, outcome, observe)
+        if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
+            _run(module, inputs, outcome, observe, found, fp8, fp8_head)
     except Exception as error:
         if strict:
             raise
@@ -58,7 +102,25 @@ def run(
     return outcome
 
 
-def _run(module: fx.GraphModule, inputs: Sequence[object], outcome: Outcome, observe: Observer) -> None:
+def _fp8(module: fx.GraphModule, outcome: Outcome, observe: Observer) -> recognize_fp8.Found:
+    observe(recognize_fp8.NAME, "before", module)
+    start = time.perf_counter()
+    record, found = recognize_fp8.run(module)
+    record.seconds = time.perf_counter() - start
+    outcome.records.append(record)
+    observe(recognize_fp8.NAME, "after", module)
+    return found
+
+
+def _run(
+    module: fx.GraphModule,
+    inputs: Sequence[object],
+    outcome: Outcome,
+    observe: Observer,
+    found: recognize_fp8.Found,
+    fp8: str | None,
+    fp8_head: bool,
+) -> None:
     training = recognize_mla.is_training(list(inputs))
     if training and any(_name(node) in _GRADIENT_HOOKS for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="gradients are changed by hooks or own autograd functions"))
@@ -68,18 +130,41 @@ def _run(module: fx.GraphModule, inputs: Sequence[object], outcome: Outcome, obs
     outcome.records.append(PassRecord("shadow", seconds=time.perf_counter() - start))
     observe("shadow", "after", shadow.module)
 
+    prepared = outcome.prepared = Prepared(module, inputs)
     bound: list[Bindings] = []
+    layers: list[Written] = []  # expert layers and routers
+    ids: list[fx.Node] = []  # of the expert layers, for their routers
+
+    def experts() -> PassRecord:
+        record, written, found = recognize_experts.run(shadow, training, prepared)
+        layers.extend(written)
+        ids.extend(found)
+        return record
+
+    def routers() -> PassRecord:
+        record, written = recognize_router.run(shadow, training, ids)
+        layers.extend(written)
+        return record
 
     def recognise() -> PassRecord:
-        record, found = recognize_mla.run(shadow, training)
-        bound.extend(found)
+        record, sites = recognize_mla.run(shadow, training, prepared)
+        bound.extend(sites)
+        recognize_fp8.settle(found, up_projections(bound))
         return record
 
     passes = {
         recognize_mla.NAME: recognise,
         absorb.NAME: lambda: absorb.run(bound),
-        lower.NAME: lambda: lower.run(bound),
+        recognize_experts.NAME: experts,
+        recognize_router.NAME: routers,
+        lower.NAME: lambda: lower.run([*bound, *layers]),
     }
+    if found:
+        passes[fp8_share.NAME] = lambda: fp8_share.run(module, shadow)
+    if fp8:
+        passes[quantize_weights.NAME] = lambda: quantize_weights.run(
+            module, shadow, prepared, bound, training=training, head=fp8_head
+        )
     for name, step in passes.items():
         observe(name, "before", module)
         start = time.perf_counter()
@@ -100,6 +185,11 @@ def _is_anchor(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and _name(node) in _ANCHORS
 
 
+def _is_product(node: fx.Node) -> bool:
+    """A product by expert: grouped, or batched."""
+    return node.op in ("call_function", "call_method") and _name(node) in (*_GROUPED, "bmm")
+
+
 def _name(node: fx.Node) -> str:
     """What the node calls, without the overload's name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -107,7 +197,7 @@ def _name(node: fx.Node) -> str:
 
 
 def op_counts(module: fx.GraphModule) -> dict[str, int]:
-    """Number of live calls of each ``dsinfra`` operator, and of attention and softmax that were left."""
+    """Number of live calls of each ``dsinfra`` operator, and of attention, softmax and grouped products left over."""
     counts: dict[str, int] = {}
     for child in module.modules():
         if not isinstance(child, fx.GraphModule):
@@ -116,18 +206,18 @@ def op_counts(module: fx.GraphModule) -> dict[str, int]:
         for node in child.graph.nodes:
             if node not in live:
                 continue
-            name = None
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dsinfra":
-                name = node.target._schema.name.split("::")[1]
-            elif _is_anchor(node):
+            name = recognize_fp8.operator_name(node) or None
+            if name is None and _is_anchor(node):
                 name = _name(node).lstrip("_")
+            elif name is None and _name(node) in _GROUPED:
+                name = "grouped_mm"
             if name is not None:
                 counts[name] = counts.get(name, 0) + 1
     return counts
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output depends on (in-place updates of inputs hold no attention)."""
+    """Nodes that the output depends on, what is written in place into them included."""
     live: set[fx.Node] = set()
     todo = [graph.output_node()]
     while todo:
@@ -135,4 +225,9 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
         if node not in live:
             live.add(node)
             todo.extend(node.all_input_nodes)
+            if node.op != "placeholder":
+                todo.extend(user for user in node.users if user.args[:1] == (node,) and _name(user) in _WRITES)
     return live
+
+
+_WRITES = ("setitem", "copy_", "index_add_", "scatter_", "scatter_add_", "index_copy_", "index_put_", "masked_fill_")

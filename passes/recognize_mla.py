@@ -25,6 +25,7 @@ from dscompile.passes.absorbed_form import AbsorbedForm, prove_absorbed
 from dscompile.passes.anchors import Attention
 from dscompile.passes.bind import Binder, Bindings
 from dscompile.passes.facts import Evaluate
+from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.graph import assignments, module_path, source_line
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
@@ -202,8 +203,11 @@ def _roots(old: Attention, new: Attention) -> list[tuple[fx.Node, fx.Node]]:
     return pairs
 
 
-def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
-    """Rewrites every provable attention; -> the record, and what was bound for each rewritten site."""
+def run(shadow: Shadow, training: bool, prepared: Prepared | None = None) -> tuple[PassRecord, list[Bindings]]:
+    """Rewrites every provable attention; -> the record, and what was bound for each rewritten site.
+
+    ``prepared`` keeps the dequantised values of FP8 up-projections.
+    """
     record = PassRecord(NAME)
     recognizer = Recognizer(shadow, training)
     by_owner: dict[Owner, list[Match | Site]] = defaultdict(list)
@@ -219,7 +223,7 @@ def run(shadow: Shadow, training: bool) -> tuple[PassRecord, list[Bindings]]:
         out = found.out if isinstance(found, Attention) else anchor
         owners = shadow.owners.get(out) or [Owner(shadow.module, anchor)]
         by_owner[owners[0]].append(match)
-    binder = Binder(shadow, recognizer.memory, training)
+    binder = Binder(shadow, recognizer.memory, training, prepared)
     bound = []
     for owner, matches in by_owner.items():
         sites = [m if isinstance(m, Site) else m.site for m in matches]

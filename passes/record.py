@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class Site:
-    """One attention of the model, lowered or refused.
+    """One attention, product or layer of experts of the model, lowered or refused.
 
     ``form`` says how it was written, ``decision`` what it became and why, ``kernel`` what will run, ``reason`` (with
-    ``refusal``, the class name, and ``hint``) why it was left to Inductor.
+    ``refusal``, the class name, and ``hint``) why it was left to Inductor. ``errors`` are relative ones, measured where
+    a pass changes rounding.
     """
 
     kind: str
@@ -24,6 +25,7 @@ class Site:
     reason: str = ""
     refusal: str = ""
     hint: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -135,3 +135,67 @@ class SizesDisagree(Refusal):
 
 class Unsupported(Refusal):
     """A form the prover has no rule for."""
+
+
+class LayerRefusal(Refusal):
+    """Base class of what is found in expert layers and routers only."""
+
+
+class RowsNotTokens(LayerRefusal):
+    """The rows that experts read are not the tokens in the order of a sort of their expert ids."""
+
+    hint = "gather tokens by the sort of the flattened ids: x[perm // top_k]"
+
+
+class GroupEnds(LayerRefusal):
+    """The groups of a grouped product are not the rows of each expert."""
+
+    hint = "offsets must be the cumulative sum of how often each id occurs, without padding or capacity"
+
+
+class ExpertActivation(LayerRefusal):
+    """Between the two products of an expert stands no activation that the operator knows."""
+
+    hint = "supported are act(gate) * up with silu, gelu or tanh gelu, and the clamped swiglu of gpt-oss"
+
+
+class ExpertWeights(LayerRefusal):
+    """The weights or biases of an expert layer are not one tensor indexed by expert."""
+
+    hint = "store the experts' weights as [experts, out, in] or [experts, in, out]"
+
+
+class SeparateGateUp(LayerRefusal):
+    """Gate and up are two weights, and joining them costs more than it gives at this size."""
+
+    hint = "store gate and up as one weight [experts, 2 * width, in]"
+
+
+class RoutingWeights(LayerRefusal):
+    """Routing weights do not multiply the result of the down projection, each row by its own."""
+
+    hint = "multiply the down projection's rows by topk_weights and sum over top_k"
+
+
+class CombineForm(LayerRefusal):
+    """The experts' results are not summed over the choices of each token, in the token's place."""
+
+    hint = "undo the sort, view as [tokens, top_k, width] and sum over top_k"
+
+
+class IntermediateUsed(LayerRefusal):
+    """A value inside the expert layer or router has a reader outside it."""
+
+    hint = "the operator keeps no values between its two products"
+
+
+class ExpertDropout(LayerRefusal):
+    """Dropout inside an expert layer is active."""
+
+    hint = "set the dropout to 0; the kernels draw no random numbers"
+
+
+class RouterForm(LayerRefusal):
+    """A router's scores, groups or weights are written in a way that has no rule."""
+
+    hint = "softmax or sigmoid, a bias for the choice, groups by their best or two best, a final top-k"

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from dscompile.passes.anchors import Attention, Operand
+from dscompile.passes.fp8_reads import Fp8Operands, fp8_operands
 from dscompile.passes.graph import Sizes
 from dscompile.passes.memory import Memory
 from dscompile.passes.prove import Array, Coords, Points, Pull, ravel
@@ -53,7 +54,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Rows:
-    """Weight of shape [H, width, C]: rows ``offset + h * stride + d`` of ``node`` as a matrix with C columns."""
+    """Weight of shape [H, width, C]: rows ``offset + h * stride + d`` of ``node`` as a matrix with C columns.
+
+    With ``scale``, the weight is in FP8 and its 128 x 128 blocks are multiplied with that.
+    """
 
     node: fx.Node
     offset: int
@@ -62,6 +66,7 @@ class Rows:
     transposed: bool
     time: int
     dtype: torch.dtype
+    scale: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,14 @@ class Structure:
 @dataclass(frozen=True)
 class _Row:
     """Contractions: element = sum_k latent[.., k] * weight[.., k]; both hold k = 0, the axes say where k goes.
-    ``dtype`` is that of the product: under autocast its operands are cast to it."""
+    ``dtype`` is that of the product (under autocast its operands are cast to it), ``scale`` of a weight in FP8."""
 
     dtype: torch.dtype
     latent: Points
     latent_axis: int
     weight: Points
     weight_axis: int
+    scale: fx.Node | None = None
 
     def at(self, weight: bool, k: int) -> Points:
         points, axis = (self.weight, self.weight_axis) if weight else (self.latent, self.latent_axis)
@@ -234,7 +240,8 @@ class Prover:
         coords = tuple(c[order] for c in p.coords)
         if node.target in (aten.addmm.default, aten.baddbmm.default):
             raise UpProjectionBias("the up-projection adds a bias", node)
-        if node.target is aten.linear.default and len(node.args) > 2 and node.args[2] is not None:
+        bias = {aten.linear.default: 2, torch.ops.dsinfra.fp8_linear.default: 4}.get(node.target, len(node.args))
+        if len(node.args) > bias and node.args[bias] is not None:
             raise UpProjectionBias("the up-projection adds a bias", node)
         sides = self._factors(node, coords)
         if sides is None:
@@ -248,12 +255,15 @@ class Prover:
             axis,
             Points(weight, at_weight, index, time),
             axis_weight,
+            quantised.scale if (quantised := fp8_operands(node)) is not None else None,
         )
 
     def _factors(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
         """[(latent, coordinates at k = 0, k's axis), (weight, ...)]."""
         if node.target is aten.einsum.default:
             return self._einsum(node, coords)
+        if (quantised := fp8_operands(node)) is not None:
+            return self._fp8(node, quantised, coords)
         if node.target not in (aten.linear.default, aten.matmul.default, aten.mm.default):
             return None
         left, right = node.args[0], node.args[1]
@@ -263,6 +273,14 @@ class Prover:
         linear = node.target is aten.linear.default
         weight = (right, (coords[-1], k), 1) if linear else (right, (k, coords[-1]), 0)
         return [(left, coords[:-1] + (k,), len(coords) - 1), weight]
+
+    def _fp8(self, node: fx.Node, found: Fp8Operands, coords: Coords) -> list[tuple[fx.Node, Coords, int]]:
+        """Of ``fp8_linear(quantize_1x128(x), W)``: x itself, which is the same contraction with one rounding less."""
+        self.pull.seen |= {found.quantize, *node.args[:2]}
+        if not self.memory.unchanged(found.x, *(self.memory.position[n] for n in (found.quantize, node))):
+            raise Unsupported("the latent is overwritten between its quantisation and the up-projection", node)
+        k = np.zeros_like(coords[0])
+        return [(found.x, coords[:-1] + (k,), 1), (found.weight, (coords[-1], k), 1)]
 
     def _einsum(self, node: fx.Node, coords: Coords) -> list[tuple[fx.Node, Coords, int]] | None:
         inputs, _, result = str(node.args[0]).replace(" ", "").partition("->")
@@ -292,7 +310,11 @@ class Prover:
         same = root is last[0] and transposed == last[2] and (rows == last[1]).all()
         if not same or (table != expected[None]).any() or stride < width:
             raise RowsDisagree("rows are not offset + head * stride + d of one weight", row.weight.node)
-        return Rows(root, offset, stride, width, transposed, time, row.dtype)
+        if row.scale is not None:
+            shapes = {self.sizes.shape(n) for n in (root, row.weight.node)}
+            if len(shapes) > 1 or transposed or (rows != row.weight.coords[0]).any():
+                raise RowsDisagree("the FP8 weight is a part of another tensor, its scales are not", row.weight.node)
+        return Rows(root, offset, stride, width, transposed, time, row.dtype, row.scale)
 
     def _weight_at(self, row: _Row, k: int) -> tuple[fx.Node, Array, bool, int]:
         """(weight, rows read, transposed, time of the read) at one k."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -82,10 +81,10 @@ def test_demo_compares_tokens() -> None:
 def test_demo_compares_logits_until_the_texts_part() -> None:
     eager = generated([0, 1, 1], [3.0, 4.0], [0.0, 5.0], [0.0, 5.0])
     assert demo.logit_error(eager, eager) == 0
-    one_off = generated([0, 1, 1], [3.0, 4.0], [3.0, 5.0], [0.0, 5.0])
-    assert demo.logit_error(one_off, eager) == pytest.approx(math.sqrt(9 / 75))
-    parts_at_second = generated([0, 0, 0], [3.0, 4.0], [3.0, 5.0], [1e6, 1e6])
-    assert demo.logit_error(parts_at_second, eager) == pytest.approx(math.sqrt(9 / 50))
+    two_off = generated([0, 1, 1], [3.0, 4.0], [3.0, 5.0], [2.0, 5.0])
+    assert demo.logit_error(two_off, eager) == pytest.approx(2 / 5)
+    parts_at_first = generated([1, 0, 0], [3.0, 6.0], [1e6, 5.0], [1e6, 1e6])
+    assert demo.logit_error(parts_at_first, eager) == pytest.approx(2 / 5)
 
 
 def test_explain_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

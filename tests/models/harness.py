@@ -29,7 +29,8 @@ class Outcome:
     """Results by name (`call 0`, `loss`, `grad some.weight`) and what the compiler reported.
 
     output: the compiled module's; eager: the same module's without compiling; reference: equal weights, wider
-    arithmetic. counts: operators of each graph, as reported; graphs: how many Dynamo made.
+    arithmetic. counts: operators of each graph, as reported; graphs: how many Dynamo made. sites: attentions;
+    layers: expert layers and routers.
     """
 
     output: dict[str, torch.Tensor]
@@ -38,6 +39,7 @@ class Outcome:
     graphs: int
     counts: list[dict[str, int]] = field(default_factory=list)
     sites: list[list[Any]] = field(default_factory=list)
+    layers: list[list[Any]] = field(default_factory=list)
 
     @property
     def refusals(self) -> list[Any]:
@@ -76,7 +78,8 @@ def run_case(case: ZooCase, options: dict[str, Any] | None = None, precision: Pr
         reference=reference,
         graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"],
         counts=[dict(report.op_counts) for report in reports],
-        sites=[list(report.sites) for report in reports],
+        sites=[[site for site in report.sites if site.kind == "mla"] for report in reports],
+        layers=[[site for site in report.sites if site.kind in ("experts", "route")] for report in reports],
     )
 
 

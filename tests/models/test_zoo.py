@@ -40,14 +40,25 @@ def check_graphs(case: ZooCase, outcome: Outcome) -> None:
             assert counts.get("softmax", 0) == case.router_softmaxes
 
 
+def check_layers(case: ZooCase, outcome: Outcome) -> None:
+    """Expert layers and routers are lowered, or refused as expected, and no product by expert is left of the former."""
+    for layers, counts in zip(outcome.layers, outcome.counts, strict=True):
+        refused = [refusal_text(site) for site in layers if not site.matched]
+        assert (counts.get("experts", 0), counts.get("route", 0)) == (case.experts, case.routers), (counts, refused)
+        assert [site.kind for site in layers if site.matched].count("experts") == case.experts
+        if case.refusal is None:
+            assert not refused and not counts.get("grouped_mm", 0), refused
+
+
 def check_refusals(case: ZooCase, outcome: Outcome) -> None:
     """The expected refusal is reported with its reason and a source line; an expected match is not refused."""
-    texts = [refusal_text(site) for site in outcome.refusals]
+    refused = [*outcome.refusals, *(site for layers in outcome.layers for site in layers if not site.matched)]
+    texts = [refusal_text(site) for site in refused]
     if case.refusal is None:
         assert case.sites is None or not texts, texts
         return
     assert any(re.search(case.refusal, text) for text in texts), f"no {case.refusal} among {texts}"
-    for site in outcome.refusals:
+    for site in refused:
         assert re.search(r"\.py:\d+", site.source), f"no source line: {site.source!r}"
 
 
@@ -57,6 +68,7 @@ def test_case(case: ZooCase) -> None:
     check_numbers(case, outcome)
     if harness.BACKEND == "dsinfra":
         check_graphs(case, outcome)
+        check_layers(case, outcome)
         check_refusals(case, outcome)
     else:
         assert 1 <= outcome.graphs <= case.graphs

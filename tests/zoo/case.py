@@ -67,6 +67,8 @@ class ZooCase:
     mode: what is run; `train` means forward and backward.
     sites: attention sites that must become `dsinfra::mla` or `dsinfra::mla_decode` in each graph; None where both a
         match and a refusal are right, and only the numbers are checked.
+    experts: expert layers that must become `dsinfra::experts` in each graph.
+    routers: routers that must become `dsinfra::route` in each graph.
     refusal: class name of the refusal that must be reported (see `dscompile.passes.refusals`), if one must.
     graphs: the most graphs that all calls together may compile.
     router_softmaxes: softmaxes of each graph that belong to no attention.
@@ -81,6 +83,8 @@ class ZooCase:
     make: Callable[[Precision], Example]
     mode: Mode = "prefill"
     sites: int | None = 1
+    experts: int = 0
+    routers: int = 0
     refusal: str | None = None
     graphs: int = 1
     router_softmaxes: int = 0

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.zoo import hf, near_misses
+from tests.zoo import expert_near_misses, hf, near_misses
 from tests.zoo.case import Example, Precision, ZooCase
+from tests.zoo.experts import Layer, TitanMoE, ToyExperts
 from tests.zoo.reference_form import ReferenceMLA
 from tests.zoo.toy import Form, ToyMLA
 
@@ -157,6 +158,41 @@ def _references() -> list[ZooCase]:
     ]
 
 
+def _toy_experts(build: Callable[[], nn.Module], training: bool, precision: Precision) -> Example:
+    return Example(_module(build, precision).train(training), (_activations(precision, 2, 7, ToyExperts.D),), {})
+
+
+def _experts() -> list[ZooCase]:
+    """Expert layers by hand; `tests/passes/test_recognize_experts.py` has every form and near miss."""
+    forms: dict[str, Callable[[], nn.Module]] = {
+        "grouped": ToyExperts,
+        "batched": partial(ToyExperts, Layer(products="batched")),
+        "clamped": partial(ToyExperts, Layer(activation="oai", weights="interleaved", bias=True, stored="in_out")),
+        "sentinels": partial(ToyExperts, Layer(sentinels=True)),
+        "one_choice": partial(ToyExperts, Layer(top_k=1)),
+        "titan": TitanMoE,
+    }
+    refused: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+        "capacity": (expert_near_misses.Capacity, "GroupEnds", 1),
+        "mean_of_experts": (expert_near_misses.Mean, "CombineForm", 1),
+        "scores_before_experts": (partial(TitanMoE, True), "RoutingWeights", 1),
+    }
+    base: dict[str, Any] = {"sites": 0, "tags": frozenset({"experts"})}
+    return [
+        *(
+            ZooCase(f"experts/{name}", partial(_toy_experts, build, False), experts=1, routers=1, **base)
+            for name, build in forms.items()
+        ),
+        ZooCase(
+            "experts/train", partial(_toy_experts, ToyExperts, True), "train", experts=1, router_softmaxes=1, **base
+        ),
+        *(
+            ZooCase(f"near_miss/{name}", partial(_toy_experts, build, False), refusal=why, routers=routers, **base)
+            for name, (build, why, routers) in refused.items()
+        ),
+    ]
+
+
 def _hf(
     name: str,
     run: Callable[..., Example],
@@ -173,7 +209,9 @@ def _hf(
         return run(hf.build_model(model_type, precision, **(overrides or {})), **(run_options or {}))
 
     # transformers' normalisation, rotation and router cast to float32 inside: wider arithmetic would not reach them.
-    expected = {"sites": hf.LAYERS, "widest": torch.float32, **expected}
+    experts = hf.expert_layers(model_type, **(overrides or {}))
+    routers = 0 if expected.get("mode") == "train" else experts  # training keeps the model's own
+    expected = {"sites": hf.LAYERS, "widest": torch.float32, "experts": experts, "routers": routers, **expected}
     return ZooCase(name, make, tags=frozenset({"hf", *tags}), **expected)
 
 
@@ -239,13 +277,30 @@ def _huggingface() -> list[ZooCase]:
         ),
     ]
     lite = {"q_lora_rank": None, "topk_method": "greedy"}
-    v2 = partial(_hf, model_type="deepseek_v2", router_softmaxes=hf.LAYERS - 1)
+    v2 = partial(_hf, model_type="deepseek_v2")
     cases += [
         v2("deepseek_v2_lite/sdpa", hf.prefill, overrides=lite, tags=core),
         v2("deepseek_v2_lite/static_decode", hf.static_decode, overrides=lite, **_cached(mode="static_decode")),
-        v2("deepseek_v2_lite/train", hf.train, overrides={**lite, **dense}, mode="train", sites=1, router_softmaxes=0),
+        v2("deepseek_v2_lite/train", hf.train, overrides={**lite, **dense}, mode="train", sites=1),
         _hf("minicpm3/sdpa", hf.prefill, "minicpm3"),
         _hf("minicpm3/static_decode", hf.static_decode, "minicpm3", **_cached(mode="static_decode")),
+    ]
+    # Grouped-query attention: only the expert layers are ours. The sinks of gpt_oss have no SDPA form.
+    gpt_oss, eager = partial(_hf, model_type="gpt_oss", sites=None), {"attention": "eager"}
+    cases += [
+        _hf("qwen3_moe/prefill", hf.prefill, "qwen3_moe", sites=None),
+        _hf("qwen3_moe/train", hf.train, "qwen3_moe", sites=None, mode="train"),
+        _hf("mixtral/lengths", hf.lengths, "mixtral", sites=None, mode="lengths", graphs=2),
+        gpt_oss("gpt_oss/prefill", hf.prefill, overrides=eager),
+        gpt_oss("gpt_oss/batched", hf.prefill, overrides={**eager, "experts": "batched_mm"}),
+        gpt_oss("gpt_oss/train", hf.train, overrides=eager, mode="train"),
+        _hf("glm4_moe/prefill", hf.prefill, "glm4_moe", sites=None),
+        v3(
+            "deepseek_v3/batched_decode",
+            hf.static_decode,
+            overrides={"experts": "batched_mm"},
+            **_cached(mode="static_decode"),
+        ),
     ]
     # 5.12's group-limited router reads an attribute that its MoE module does not have.
     if hf.VERSION >= (5, 15):
@@ -255,7 +310,7 @@ def _huggingface() -> list[ZooCase]:
 
 def _collect() -> dict[str, ZooCase]:
     cases: dict[str, ZooCase] = {}
-    for case in [*_toys(), *_near_misses(), *_references(), *_huggingface()]:
+    for case in [*_toys(), *_near_misses(), *_references(), *_experts(), *_huggingface()]:
         if case.name in cases:
             raise ValueError(f"two zoo cases are named {case.name!r}")
         cases[case.name] = case

@@ -63,25 +63,49 @@ TYPES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_mtp_layers": 0},
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
     "minicpm3": {},
+    "qwen3_moe": {"num_experts": 8, "num_key_value_heads": 2, "head_dim": 32, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2, "head_dim": 32},
+    "gpt_oss": {"num_local_experts": 8, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": None},
+    "glm4_moe": {"num_key_value_heads": 2, "head_dim": 32},
 }
+
+DENSE = ("minicpm3",)
+DENSE_FIRST = ("deepseek_v3", "deepseek_v2", "glm4_moe")  # with `first_k_dense_replace` layers without experts
 
 
 def build_model(
-    model_type: str, precision: Precision | None = None, *, attention: str = "sdpa", **overrides: Any
+    model_type: str,
+    precision: Precision | None = None,
+    *,
+    attention: str = "sdpa",
+    experts: str | None = None,
+    **overrides: Any,
 ) -> nn.Module:
-    """A model in evaluation mode, from the base, the model type's additions and `overrides` of the configuration."""
+    """A model in evaluation mode, from the base, the model type's additions and `overrides` of the configuration.
+
+    `experts` is the implementation of the expert layers by transformers' name; None is its default.
+    """
     config = AutoConfig.for_model(model_type, **{**MICRO, **TYPES[model_type], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        chosen = {} if experts is None else {"experts_implementation": experts}
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32, **chosen)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("gate.weight"):
+            if name.endswith(("gate.weight", "router.weight")):
                 nn.init.normal_(tensor, std=0.5)
             elif name.endswith("e_score_correction_bias"):
                 nn.init.normal_(tensor, std=0.1)
             elif tensor.dim() >= 2 and isinstance(tensor, nn.Parameter):
                 nn.init.normal_(tensor, std=0.08)
     return (precision or Precision()).settle(model).eval()
+
+
+def expert_layers(model_type: str, **overrides: Any) -> int:
+    """How many layers of a model are expert layers."""
+    sizes = {**MICRO, **TYPES[model_type], **overrides}
+    if model_type in DENSE:
+        return 0
+    return sizes["num_hidden_layers"] - (sizes["first_k_dense_replace"] if model_type in DENSE_FIRST else 0)
 
 
 def tokens(batch: int, length: int, seed: int = 0, vocabulary: int = MICRO["vocab_size"]) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""Gives back the memory of weights that FP8 copies replaced, by ``options={"fp8": "block", "fp8_free": True}``.
+
+A parameter belongs to the user's module, and Dynamo guards on its shape, strides and dtype: so the parameter stays what
+it is and only its storage is emptied. Compiled graphs never read it (it is an input without a reader), recompiled ones
+find the FP8 copy by the parameter. The module raises :class:`WeightFreed` when it is called uncompiled, and in
+``state_dict``. Other reads of the bare tensor are not guarded: torch refuses most of them, and not all. New values
+bring the memory back: ``load_state_dict`` does, and assigning ``parameter.data``; the FP8 copy follows.
+
+Kept: weights that the graph reads in another place too, and those that share memory with another tensor of a module.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from dscompile.passes.fp8_prepared import Prepared, copy_of
+from dscompile.passes.fp8_roles import live_nodes
+from dscompile.passes.quantize_weights import NAME as QUANTIZE
+from dscompile.passes.record import PassRecord
+
+NAME = "fp8_free"
+
+
+class WeightFreed(RuntimeError):
+    """A weight whose memory was given back is needed outside of compiled code."""
+
+
+def run(prepared: Prepared) -> PassRecord:
+    """Empties the storage of every quantised weight that nothing else reads; call it when the graph is compiled."""
+    graph = prepared.module.graph
+    live, placeholders = live_nodes(graph), [n for n in graph.nodes if n.op == "placeholder"]
+    candidates, kept = {}, 0
+    for slot in prepared.slots:
+        if slot.name == QUANTIZE:
+            (position,) = slot.positions
+            weight = prepared.inputs[position]
+            assert isinstance(weight, torch.Tensor)
+            if live & set(placeholders[position].users):
+                kept += 1
+            else:
+                candidates[id(weight)] = (weight, slot)
+    owners, sharing = _modules(candidates)
+    given = 0
+    for key, (weight, slot) in candidates.items():
+        storage = weight.untyped_storage()
+        if key not in owners or sharing[storage.data_ptr()] > 1 or storage.nbytes() != weight.nbytes:
+            kept += 1
+            continue
+        copy_of(slot.name, slot.make, [weight]).freed = True
+        given += storage.nbytes()
+        storage.resize_(0)
+        for module, name in owners[key]:
+            _guard(module, name)
+    note = f"{given / 2**20:.1f} MiB of {len(candidates)} weights given back" + (f", {kept} kept" if kept else "")
+    return PassRecord(NAME, note=note)
+
+
+def _modules(candidates: dict[int, Any]) -> tuple[dict[int, list[tuple[nn.Module, str]]], Counter[int]]:
+    """(modules that hold each candidate, how many distinct tensors of modules lie in each storage)."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    lying: dict[int, int] = {}
+    for module in (found for found in gc.get_objects() if issubclass(type(found), nn.Module)):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.layout is torch.strided:
+                lying[id(tensor)] = tensor.untyped_storage().data_ptr()
+                if id(tensor) in candidates:
+                    owners.setdefault(id(tensor), []).append((module, name))
+    return owners, Counter(lying.values())
+
+
+def _guard(module: nn.Module, name: str) -> None:
+    """Makes the module say what happened where it would read the weight; compiled code runs no hooks."""
+
+    def refuse(owner: nn.Module, *_: Any) -> None:
+        weight = owner._parameters.get(name)
+        if torch.compiler.is_compiling() or weight is None or weight.untyped_storage().nbytes():
+            return
+        raise WeightFreed(
+            f"The weight `{name}` {list(weight.shape)} of a {type(owner).__name__} was given back when its FP8 copy "
+            'replaced it (options={"fp8_free": True}). It can be neither computed with nor saved. Call the compiled '
+            "model, compile without fp8_free, or load the model again."
+        )
+
+    def restore(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        weight = owner._parameters.get(name)
+        if weight is not None and prefix + name in state and not weight.untyped_storage().nbytes():
+            weight.untyped_storage().resize_(weight.nbytes)
+
+    module.register_forward_pre_hook(refuse)
+    module.register_state_dict_pre_hook(refuse)
+    module.register_load_state_dict_pre_hook(restore)

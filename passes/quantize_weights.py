@@ -1,0 +1,227 @@
+"""quantize_weights: linear layers and experts of a 16-bit model in block-scaled FP8, by ``options={"fp8": "block"}``.
+
+Before:  y = x W^T                                   After:  y = fp8_linear(*quantize_1x128(x), W8, scales of W8)
+Before:  y = experts(x, ids, weights, W1, W2)        After:  y = fp8_experts(x, ids, weights, W1_8, s1, W2_8, s2)
+
+*Changes rounding*: weights and rows are rounded to e4m3 with a scale for each block of 128 x 128 and 1 x 128. So it
+runs only when it is asked for by name, and each site reports what it costs: the relative error of the weight, and that
+of the layer's output on random rows. The copies are made once (``fp8_prepared.py``), and again when a weight changes.
+
+Kept as they are, with the reason in the report: weights of under 128 rows or columns or not a multiple of 16, routers
+(their top-k is a hard decision), the head (unless ``fp8_head``), MLA's up-projection (absorbing needs its values), and
+all weights of a graph that is differentiated. Rows that several layers read are quantised once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from dscompile.lowering.block_scales import (
+    BLOCK,
+    FP8,
+    FP8_MAX,
+    SMALLEST_SCALE,
+    dequantize_rows,
+    dequantize_weight,
+    quantize_rows,
+)
+from dscompile.passes.emit import Emitter
+from dscompile.passes.fp8_prepared import Prepared
+from dscompile.passes.fp8_reads import called
+from dscompile.passes.fp8_refusals import GradientWeights, KeptPrecise
+from dscompile.passes.fp8_roles import feeds_output, feeds_topk, live_nodes, up_projections
+from dscompile.passes.graph import module_path, source_line
+from dscompile.passes.memory import Memory
+from dscompile.passes.recognize_fp8 import choose, operator_name
+from dscompile.passes.record import PassRecord, Site
+from dscompile.passes.refusals import Refusal, Unsupported
+from dscompile.passes.shadow import Shadow
+
+aten = torch.ops.aten
+NAME = "quantize_weights"
+DTYPES = (torch.bfloat16, torch.float16)
+SMALLEST, MULTIPLE = 128, 16
+PROBE_ROWS = 16
+Written = tuple[fx.Node, list[fx.Node]]  # what replaces a node, and the weights it quantises
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] or [E, N, K] -> e4m3 values and float32 scales [..., ceil(N/128), ceil(K/128)], a matrix at a time."""
+    if weight.dim() == 3:
+        values, scales = zip(*(quantize_weight(matrix) for matrix in weight), strict=True)
+        return torch.stack(values), torch.stack(scales)
+    N, K = weight.shape
+    rows, columns = -(-N // BLOCK), -(-K // BLOCK)
+    wide = torch.nn.functional.pad(weight.float(), (0, columns * BLOCK - K, 0, rows * BLOCK - N))
+    blocks = wide.view(rows, BLOCK, columns, BLOCK)
+    scale = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp_min(SMALLEST_SCALE)
+    values = (blocks / scale[:, None, :, None]).view(rows * BLOCK, -1)[:N, :K]
+    return values.to(FP8).contiguous(), scale
+
+
+def errors(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+    """Relative errors of a quantised weight, and of its product with quantised random rows (an expert's: the first)."""
+    weight, values, scale = (x[0] if x.dim() == 3 else x for x in (weight, values, scale))
+    wide, stored = weight.float(), dequantize_weight(values, scale)
+    seeded = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(PROBE_ROWS, weight.shape[1], generator=seeded).to(weight.device)
+    y, product = x @ wide.t(), dequantize_rows(*quantize_rows(x)) @ stored.t()
+    tiny = torch.finfo(torch.float32).tiny
+    pairs = ((stored - wide, wide), (product - y, y))
+    of_weight, of_output = (float(d.norm() / base.norm().clamp_min(tiny)) for d, base in pairs)
+    return of_weight, of_output
+
+
+# ------------------------------------------------------------------ the pass
+
+
+@dataclass
+class Quantizer:
+    """Rewrites one of Dynamo's graphs."""
+
+    module: fx.GraphModule
+    shadow: Shadow
+    prepared: Prepared
+    bound: Sequence[object]
+    head: bool = False
+    record: PassRecord = field(default_factory=lambda: PassRecord(NAME))
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.shadow.graph)
+        self._twin = {o.node: s for s, owners in self.shadow.owners.items() for o in owners if o.module is self.module}
+        self._rows: dict[fx.Node, list[tuple[fx.Node, fx.Node, fx.Node]]] = {}
+        self._absorbable = up_projections(self.bound)
+
+    def run(self) -> PassRecord:
+        live = live_nodes(self.module.graph)
+        for node in list(self.module.graph.nodes):
+            if node in live and called(node) == "linear":
+                self._site("fp8_linear", node, self._linear)
+            elif node in live and node.target is torch.ops.dsinfra.experts.default:
+                self._site("fp8_experts", node, self._experts)
+        self.module.graph.lint()
+        self.module.recompile()
+        return self.record
+
+    def _site(self, kind: str, node: fx.Node, write: Callable[[Emitter, fx.Node], Written]) -> None:
+        site = Site(kind, module_path(node), source_line(node), True, form="16-bit weight, quantised by request")
+        emitter = Emitter(node)
+        try:
+            replacement, weights = write(emitter, node)
+            measured = [self._errors(weight) for weight in weights]
+        except Refusal as refusal:
+            self._keep(site, refusal, emitter)
+        except Exception as error:  # a fault of ours costs this site, not the others
+            self._keep(site, Unsupported(f"the analysis raised {type(error).__name__}: {error}", node), emitter)
+        else:
+            site.errors = {"weight": max(m[0] for m in measured), "output": max(m[1] for m in measured)}
+            choose(site, replacement if operator_name(replacement) else replacement.args[0])
+            node.replace_all_uses_with(replacement)
+            self.module.graph.erase_node(node)  # pure, and without readers now
+        self.record.sites.append(site)
+
+    def _keep(self, site: Site, refusal: Refusal, emitter: Emitter) -> None:
+        made = set(emitter.made)
+        self._rows = {x: [rows for rows in found if rows[1] not in made] for x, found in self._rows.items()}
+        emitter.undo()
+        site.matched, site.decision = False, "kept in 16 bits"
+        site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
+
+    def _linear(self, e: Emitter, node: fx.Node) -> Written:
+        x, weight = node.args[:2]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        self._check_weight(node, x, weight)
+        if weight in self._absorbable:
+            raise KeptPrecise("MLA's up-projection: absorbing it needs its values", node)
+        if feeds_topk(node):
+            raise KeptPrecise("a router: which experts it chooses is a hard decision", node)
+        if not self.head and feeds_output(node):
+            raise KeptPrecise("the head: its result leaves the graph (options fp8_head quantises it)", node)
+        values, scale = self._quantised(weight)
+        rows, rows_scale = self._quantised_rows(e, node, x)
+        dtype = node.meta["example_value"].dtype
+        y = e.call(torch.ops.dsinfra.fp8_linear.default, rows, rows_scale, values, scale, bias, dtype)
+        sizes = [e.size(x, d) for d in range(e.rank(x) - 1)]
+        if len(sizes) != 1:
+            y = e.call(aten.view.default, y, [*sizes, weight.meta["example_value"].shape[0]])
+        return y, [weight]
+
+    def _experts(self, e: Emitter, node: fx.Node) -> Written:
+        x, ids, weights, w_gate_up, w_down, b_gate_up, b_down, activation, interleaved, _, limit = node.args
+        if b_gate_up is not None or b_down is not None or interleaved or limit > 0 or activation != "silu":
+            raise Unsupported(f"experts with biases, {activation}, or a clamp have no FP8 form", node)
+        for weight in (w_gate_up, w_down):
+            self._check_weight(node, x, weight)
+        operands = [*self._quantised(w_gate_up), *self._quantised(w_down)]
+        y = e.call(torch.ops.dsinfra.fp8_experts.default, x, ids, weights, *operands, activation)
+        return y, [w_gate_up, w_down]
+
+    def _check_weight(self, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
+        value, rows = weight.meta["example_value"], x.meta["example_value"]
+        shape = list(value.shape)
+        if value.dtype not in DTYPES or rows.dtype != value.dtype:
+            raise KeptPrecise(f"the weight {shape} is {value.dtype} and meets {rows.dtype}", node)
+        if min(shape[-2:]) < SMALLEST or any(size % MULTIPLE for size in shape[-2:]):
+            found = f"the weight {shape} has under {SMALLEST} rows or columns, or no multiple of {MULTIPLE}"
+            raise KeptPrecise(found, node)
+        if rows.dim() < 2:
+            raise Unsupported("a single row", node)
+        reason = self.prepared.refusal([weight])
+        if reason:
+            raise Unsupported(reason, node)
+
+    def _quantised(self, weight: fx.Node) -> tuple[fx.Node, ...]:
+        return self.prepared.add(NAME, quantize_weight, [weight])
+
+    def _quantised_rows(self, e: Emitter, node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """``quantize_1x128`` of x [..., K], or that of an earlier layer that read the same values."""
+        for earlier, values, scale in self._rows.get(x, ()):
+            if self._unchanged(x, earlier, node):
+                return values, scale
+        flat = x if e.rank(x) == 2 else e.call(aten.flatten.using_ints, x, 0, -2)
+        pair = e.call(torch.ops.dsinfra.quantize_1x128.default, flat)
+        values, scale = e.item(pair, 0), e.item(pair, 1)
+        self._rows.setdefault(x, []).append((node, values, scale))
+        return values, scale
+
+    def _unchanged(self, x: fx.Node, earlier: fx.Node, later: fx.Node) -> bool:
+        """True if nothing writes x between two of its readers; both must be the model's own calls."""
+        twins = [self._twin.get(n) for n in (x, earlier, later)]
+        if None in twins:
+            return False
+        value, first, second = twins
+        position = self.memory.position
+        return self.memory.unchanged(value, position[first], position[second])
+
+    def _errors(self, weight: fx.Node) -> tuple[float, float]:
+        """What the quantisation of a weight costs, measured when its copy was made."""
+        copy = self.prepared.copy(NAME, quantize_weight, [weight])
+        if "errors" not in copy.notes:
+            with torch.no_grad():
+                copy.notes["errors"] = errors(self.prepared.tensor(weight), *copy.values)
+        return copy.notes["errors"]
+
+
+def run(
+    module: fx.GraphModule,
+    shadow: Shadow,
+    prepared: Prepared,
+    bound: Sequence[object],
+    *,
+    training: bool,
+    head: bool = False,
+) -> PassRecord:
+    """Quantises every eligible weight of Dynamo's graph; in training, none."""
+    if not training:
+        return Quantizer(module, shadow, prepared, bound, head).run()
+    refusal = GradientWeights("the graph is differentiated: FP8 copies have no gradient")
+    site = Site("fp8_linear", "", "?", False, decision="kept in 16 bits", reason=refusal.found)
+    site.refusal, site.hint = refusal.name, refusal.hint
+    return PassRecord(NAME, [site])

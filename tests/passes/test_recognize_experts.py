@@ -1,0 +1,299 @@
+"""Expert layers: every written form becomes `dsinfra::experts`, what is no expert layer is refused and says why.
+
+Everything runs in float64, where a right rewrite agrees with eager to twelve digits and a wrong one can't hide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dscompile.passes import experts_joined
+from tests.passes.test_recognize_mla import compile_passes, randn, same_as_eager, stack
+from tests.zoo.expert_near_misses import NEAR_MISSES, Dropout, Returned
+from tests.zoo.experts import Layer, ToyExperts
+
+D = ToyExperts.D
+
+FORMS = {
+    "plain": Layer(),
+    "batched": Layer(products="batched"),
+    "batched_in_out_bias": Layer(products="batched", stored="in_out", bias=True),
+    "argsort": Layer(sort="argsort"),
+    "stable_argsort": Layer(sort="stable"),
+    **{f"counts_{form}": Layer(counts=form) for form in ("one_hot", "equal", "scatter_add", "searchsorted")},
+    **{f"gather_{form}": Layer(gather=form) for form in ("index_select", "gather", "repeated")},
+    **{f"unsort_{form}": Layer(unsort=form) for form in ("argsort", "scatter", "rows", "index_add", "scatter_add")},
+    **{f"weigh_{form}": Layer(weigh=form) for form in ("flat", "bmm", "einsum")},
+    "interleaved": Layer(weights="interleaved"),
+    "in_out": Layer(stored="in_out"),
+    "gelu": Layer(activation="gelu"),
+    "gelu_tanh": Layer(activation="gelu_tanh"),
+    "clamped": Layer(activation="oai", weights="interleaved", bias=True, stored="in_out"),
+    "bias": Layer(bias=True),
+    "sentinels": Layer(sentinels=True),
+    "one_choice": Layer(top_k=1),
+    "one_choice_flat": Layer(top_k=1, weigh="flat"),
+    "one_choice_added": Layer(top_k=1, unsort="index_add"),
+    "one_choice_batched": Layer(top_k=1, products="batched"),
+    "all_experts": Layer(top_k=5),
+}
+
+
+def toy(make: Callable[[], nn.Module] = ToyExperts, seed: int = 0) -> Callable[[], nn.Module]:
+    """A recipe for the same float64 module each time."""
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return make().double()
+
+    return build
+
+
+def sites(reports: list, kind: str = "experts") -> list[Any]:
+    return [site for report in reports for site in report.sites if site.kind == kind]
+
+
+def only(reports: list) -> Any:
+    (site,) = sites(reports)
+    return site
+
+
+# ------------------------------------------------------------------ matches
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_forms(form: Layer, lengths: bool) -> None:
+    calls = [(randn(2, n, D, seed=n),) for n in (7, 11)][: 1 + lengths]
+    reports = same_as_eager(toy(partial(ToyExperts, form)), *calls, lengths=lengths)
+    assert len(reports) == 1, "one graph serves both lengths"
+    assert only(reports).matched, only(reports)
+    assert reports[0].op_counts == {"experts": 1, "route": 1}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_gradients(form: Layer) -> None:
+    """Of tokens, router, weights and biases, through the operator's own formula."""
+    (report,) = same_as_eager(toy(partial(ToyExperts, form)), (randn(2, 7, D),), train=True)
+    assert report.op_counts.get("experts") == 1 and not report.op_counts.get("grouped_mm")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2), (1, 5), (5, 1)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_sizes_that_coincide(shape: tuple[int, int], top_k: int) -> None:
+    """One token, or as many tokens as choices or experts: dimensions can't be told apart by their sizes."""
+    for form in (Layer(top_k=top_k), Layer(top_k=top_k, products="batched", weigh="bmm")):
+        reports = same_as_eager(toy(partial(ToyExperts, form)), (randn(*shape, D),))
+        assert only(reports).matched, only(reports)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_op_counts(count: int) -> None:
+    layers = [toy(seed=i) for i in range(count)]
+    (report,) = same_as_eager(stack(lambda: nn.Linear(D, D, dtype=torch.float64), *layers))
+    assert report.op_counts == ({"experts": count, "route": count} if count else {})
+    assert [s.module_path for s in sites([report])] == [f"layers.{i + 1}" for i in range(count)]
+
+
+def test_report_names_line_form_and_kernel() -> None:
+    site = only(same_as_eager(toy()))
+    assert re.fullmatch(r"zoo/experts\.py:\d+", site.source)
+    assert site.form == "grouped, E 5, top-2, F 20, silu" and site.kernel == "reference"
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_bfloat16_products_of_torch(train: bool) -> None:
+    """`torch._grouped_mm`, float32 weights of the sum: one rounding where the model has several."""
+
+    class Native(ToyExperts):
+        D, F = 32, 16
+
+        def by_group(self, ends: torch.Tensor):  # type: ignore[no-untyped-def]
+            return lambda rows, weight: torch._grouped_mm(rows, weight.transpose(1, 2), ends)
+
+        def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+            return super().combine(z.float(), weight_TK.float(), perm, x).to(x.dtype)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Native().bfloat16()
+    x = randn(2, 8, 32).bfloat16().requires_grad_(train)
+    compiled, reports = compile_passes(module, "aot_eager")
+    with torch.set_grad_enabled(train):
+        ours, eager = compiled(x), module(x)
+        wide = module.double().forward_wide(x.double()) if hasattr(module, "forward_wide") else None
+    assert wide is None and only(reports).matched, only(reports)
+    torch.testing.assert_close(ours, eager, rtol=3e-2, atol=3e-2)
+    if train:
+        ours.float().square().sum().backward()
+        assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
+def test_given_ids_may_name_no_expert() -> None:
+    """Ids at or past E, masked as expert parallelism does: they add nothing."""
+
+    class Given(ToyExperts):
+        def forward(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return self.experts(x, idx, weight)
+
+    idx = torch.tensor([[0, 5], [4, 2], [5, 5], [3, 0]])
+    call = (randn(4, D), idx, randn(4, 2, seed=3))
+    reports = same_as_eager(toy(partial(Given, Layer(sentinels=True))), call)
+    assert only(reports).matched, only(reports)
+
+
+def test_bins_up_to_the_number_of_experts() -> None:
+    """`histc(max=E)` counts an id E to the last expert: the same only where no id can be E."""
+
+    class Wide(ToyExperts):
+        def ends(self, idx_TK: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
+            counts = torch.histc(idx_TK.reshape(-1).double(), bins=self.E, min=0, max=self.E)
+            return counts.cumsum(0, dtype=torch.int32)
+
+    class Given(Wide):
+        def forward(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return self.experts(x, idx, weight)
+
+    assert only(same_as_eager(toy(Wide))).matched
+    idx = torch.tensor([[0, 4], [4, 2], [1, 3], [3, 0]])
+    refused = only(same_as_eager(toy(Given), (randn(4, D), idx, randn(4, 2, seed=3))))
+    assert refused.refusal == "GroupEnds"
+
+
+@pytest.mark.parametrize("stored", ["out_in", "in_out"])
+def test_gate_and_up_apart(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights are joined once in inference; in training on each call, where that is a small part of the work."""
+    apart = toy(partial(ToyExperts, Layer(weights="apart", stored=stored)))  # type: ignore[arg-type]
+    (report,) = same_as_eager(apart)
+    assert report.op_counts == {"experts": 1, "route": 1}
+    assert only([report]).decision.startswith("gate and up joined once")
+    assert only(same_as_eager(apart, train=True)).refusal == "SeparateGateUp"
+    monkeypatch.setattr(experts_joined, "JOIN_ROWS", 3)
+    (report,) = same_as_eager(apart, train=True)
+    assert report.op_counts.get("experts") == 1 and "on each call" in only([report]).decision
+
+
+def test_a_joined_weight_follows_its_parts() -> None:
+    module = toy(partial(ToyExperts, Layer(weights="apart")))().requires_grad_(False)
+    compiled, reports = compile_passes(module)
+    x = randn(2, 7, D)
+    torch.testing.assert_close(compiled(x), module(x))
+    module.w_up.mul_(-2)
+    torch.testing.assert_close(compiled(x), module(x))
+    assert only(reports).matched and len(reports) == 1
+
+
+def test_one_layer_used_twice() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = toy()()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x + self.layer(x))
+
+    (report,) = same_as_eager(Tied, train=True)
+    assert report.op_counts["experts"] == 2
+
+
+def test_checkpointed_layers() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([toy(seed=i)() for i in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    (report,) = same_as_eager(Checkpointed, train=True)
+    assert [s.matched for s in sites([report])] == [True, True]
+
+
+def test_counts_may_be_used_elsewhere() -> None:
+    """Loads of the experts leave the layer: only they are still computed beside the operator."""
+
+    class Loads(ToyExperts):
+        def ends(self, idx_TK: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
+            self.loads = torch.histc(ids_M.double(), bins=self.E, min=0, max=self.E - 1)
+            return self.loads.cumsum(0, dtype=torch.int32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(x), self.loads
+
+    (report,) = same_as_eager(toy(Loads))
+    assert report.op_counts == {"experts": 1, "route": 1}
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    class Shared(ToyExperts):
+        def experts(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return super().experts(x, idx, weight).add_(x)
+
+    (report,) = same_as_eager(toy(Shared))
+    assert report.op_counts == {"experts": 1, "route": 1}
+
+
+# ------------------------------------------------------------------ near misses
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("module", NEAR_MISSES, ids=lambda m: m.__name__)
+def test_near_misses(module: type[ToyExperts], train: bool) -> None:
+    site = only(same_as_eager(toy(module), (randn(2, 6, D),), train=train))
+    assert not site.matched and site.refusal in NEAR_MISSES[module].split("|"), site
+    assert site.reason and re.search(r"\.py:\d+", site.source)
+
+
+@pytest.mark.parametrize("module", [m for m in NEAR_MISSES if m is not Returned], ids=lambda m: m.__name__)
+def test_near_misses_beside_real_layers(module: type[ToyExperts]) -> None:
+    """The layers around a refused one are lowered: no proof is taken from one layer for another."""
+    expected = [True, False, True]
+    reports = same_as_eager(stack(toy(), toy(module, 1), toy(seed=2)), (randn(2, 6, D),))
+    assert [s.matched for s in sorted(sites(reports), key=lambda s: s.module_path)] == expected
+
+
+def test_active_dropout_is_refused() -> None:
+    compiled, reports = compile_passes(toy(Dropout)().train(), "aot_eager")
+    compiled(randn(2, 6, D).requires_grad_())
+    assert only(reports).refusal == "ExpertDropout"
+    assert only(same_as_eager(lambda: toy(Dropout)().eval())).matched, "the same module in evaluation draws nothing"
+
+
+@pytest.mark.parametrize("where", ["rows", "hidden", "results"])
+def test_stopped_gradients_are_refused(where: str) -> None:
+    class Stopped(ToyExperts):
+        def gathered(self, x: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+            rows = super().gathered(x, perm)
+            return rows.detach() if where == "rows" else rows
+
+        def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            h = super().activate(gate, up)
+            return h.detach() if where == "hidden" else h
+
+        def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+            return super().combine(z.detach() if where == "results" else z, weight_TK, perm, x)
+
+    assert not only(same_as_eager(toy(Stopped), train=True)).matched
+    assert only(same_as_eager(toy(Stopped))).matched, "without gradients there is nothing to stop"
+
+
+def test_stopped_gradients_of_operands_are_kept() -> None:
+    """A detached weight or routing weight is an operand like any other: no gradient passes it, as in the model."""
+
+    class Frozen(ToyExperts):
+        def experts(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return super().experts(x, idx, weight.detach())
+
+    (report,) = same_as_eager(toy(Frozen), train=True)
+    assert report.op_counts.get("experts") == 1
