@@ -109,7 +109,7 @@ def _worker(variant_name: str, name: str, device: str, dtype: str, tokens: str, 
         "first_call_s": seconds,
         "cache_hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
         "passes": newest.seconds if newest else {},
-        "matched": len(newest.matched) if newest else 0,
+        "matched": sum(site.kind == "mla" for site in newest.matched) if newest else 0,
         "logits": logits[0, -1, :8].float().tolist(),
     }
     print(json.dumps(found))

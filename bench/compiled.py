@@ -134,16 +134,19 @@ def check_cuda_graph(step: Callable[[], Any], what: str) -> None:
     check(bool(launches) or not runtime_seen, f"{what}: no graph launch among the runtime's calls {names[:20]}")
 
 
-def check_all_lowered(layers: int, what: str) -> None:
-    """Every layer's attention was lowered in the newest graph; prints the first one's decision."""
+def check_all_lowered(config: Any, what: str) -> None:
+    """Every attention and every layer of experts was lowered in the newest graph; prints the first decision of each."""
     from dscompile import report
 
     newest = report.last()
     check(newest is not None, f"{what}: dsinfra compiled nothing")
     assert newest is not None
-    matched = [site for site in newest.sites if site.matched]
-    check(len(matched) == layers, f"{what}: {len(matched)} of {layers} attentions lowered\n{newest}")
-    print(f"  {what}: {len(matched)} attentions -> {matched[0].decision}; kernel {matched[0].kernel}", flush=True)
+    layers = config.num_hidden_layers
+    for kind, wanted in (("mla", layers), ("experts", layers - config.first_k_dense_replace)):
+        lowered = [site for site in newest.sites if site.matched and site.kind == kind]
+        check(len(lowered) == wanted, f"{what}: {len(lowered)} of {wanted} {kind} lowered\n{newest}")
+        if lowered:
+            print(f"  {what}: {wanted} x {kind} -> {lowered[0].decision}; kernel {lowered[0].kernel}", flush=True)
 
 
 def median_token_error(logits: torch.Tensor, reference: torch.Tensor) -> float:

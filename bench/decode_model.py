@@ -93,7 +93,7 @@ def _measure(model: Any, name: str, batch: int, capacity: int, variant: Variant,
             rewind()
             compiled.check_cuda_graph(step, what)
         if variant.ours:
-            compiled.check_all_lowered(model.config.num_hidden_layers, what)
+            compiled.check_all_lowered(model.config, what)
         return measured
 
 

@@ -70,7 +70,7 @@ def _measure(model: Any, name: str, tokens: int, variant: Variant, plan: Plan) -
             lambda: call(ids, use_cache=False), lambda: None, warmup=plan.warmup, repeats=plan.repeats
         )
         if variant.ours:
-            compiled.check_all_lowered(model.config.num_hidden_layers, f"{name}, {variant.name}")
+            compiled.check_all_lowered(model.config, f"{name}, {variant.name}")
         return measured
 
 

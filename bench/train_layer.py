@@ -100,7 +100,7 @@ def _measure(model: Any, variant: Variant, plan: Plan) -> Measured:
         step = Step(model, variant.compile(model), plan.tokens)
         measured = compiled.measure(step, lambda: None, warmup=plan.warmup, repeats=plan.repeats)
         if variant.ours:
-            compiled.check_all_lowered(model.config.num_hidden_layers, f"{plan.name}, {variant.name}")
+            compiled.check_all_lowered(model.config, f"{plan.name}, {variant.name}")
         return measured
 
 

@@ -17,8 +17,8 @@ run side by side and read it from memory once. Groups without tokens have no ite
 every P-th item; each role finds its items itself from `ends`:
 
     load       one warp: per stage the boxes of a weight tile and one of tokens, as soon as the stage is free
-    consume    1 to 4 warpgroups: 64 * BLOCKS weight rows of the tile each (SWIGLU: a block of gate rows and one of up
-               rows), by all tokens of it or by one of two HALVES
+    consume    1 or 2 warpgroups: 64 * BLOCKS weight rows of the tile each (SWIGLU: a block of gate rows and one of up
+               rows)
 
 A token tile may reach past its group's tokens on either side, into a neighbour's or what lies behind: the columns of a
 wgmma are independent, so that these, NaN included, are computed and dropped. Rows past a tensor's end arrive as zeros
@@ -46,11 +46,9 @@ class Config:
     """What is fixed when the kernel is compiled."""
 
     BT: gl.constexpr  # tokens of a tile
-    NT: gl.constexpr  # of them, a consumer's
     BK: gl.constexpr
     BLOCKS: gl.constexpr  # of 64 weight rows, of a consumer
     BOXES: gl.constexpr  # and of the tile
-    HALVES: gl.constexpr  # 1, or 2 if two consumers share their rows and halve the tokens
     STAGES: gl.constexpr
     SPLITS: gl.constexpr
     LAYOUT: gl.constexpr  # "dense", "ends" or "masked"
@@ -58,7 +56,6 @@ class Config:
     SWIGLU: gl.constexpr
     FP8: gl.constexpr
     W_N_MAJOR: gl.constexpr
-    TURN: gl.constexpr
 
 
 @aggregate
@@ -218,23 +215,14 @@ def _load(w_map, x_map, xs_map, b, g, c):
 
 
 @gluon.jit
-def _tokens(b, c, stage, SELF: gl.constexpr):
-    """A stage's tokens as consumer SELF multiplies them: [BK, NT]."""
-    x = b.x.index(stage)
-    if c.HALVES == 2:
-        x = x.slice(SELF % 2 * c.NT, c.NT)
-    return x.permute((1, 0))
-
-
-@gluon.jit
 def _sum_16_bit(b, c, w, stage, phase, SELF: gl.constexpr, MMA: gl.constexpr):
-    """An item's sums over its k, of consumer SELF's first block and its second, if it has one: [64, NT] each."""
-    FIRST: gl.constexpr = SELF // c.HALVES * c.BLOCKS
-    acc0 = gl.zeros((64, c.NT), gl.float32, MMA)
-    acc1 = gl.zeros((64, c.NT), gl.float32, MMA)
+    """An item's sums over its k, of consumer SELF's first block and its second, if it has one: [64, BT] each."""
+    FIRST: gl.constexpr = SELF * c.BLOCKS
+    acc0 = gl.zeros((64, c.BT), gl.float32, MMA)
+    acc1 = gl.zeros((64, c.BT), gl.float32, MMA)
     for _ in range(w.first, w.end):
         mbarrier.wait(b.full.index(stage), phase)
-        x = _tokens(b, c, stage, SELF)
+        x = b.x.index(stage).permute((1, 0))
         box = b.w.index(stage * c.BOXES + FIRST)
         acc0 = warpgroup_mma(box.permute((1, 0)) if c.W_N_MAJOR else box, x, acc0, is_async=True)
         if c.BLOCKS == 2:
@@ -257,11 +245,11 @@ def _scale(scales, kb, last):
 def _sum_fp8(scales0, scales1, b, g, c, w, stage, phase, SELF: gl.constexpr, MMA: gl.constexpr):
     """The same over scaled blocks of 128 k. Weight scales may lie in memory, more than a block's time away: those of
     the next four blocks, p and under SWIGLU q, are always on their way."""
-    FIRST: gl.constexpr = SELF // c.HALVES * c.BLOCKS
+    FIRST: gl.constexpr = SELF * c.BLOCKS
     SUBS: gl.constexpr = c.BK // 128
-    zero = gl.zeros((64, c.NT), gl.float32, MMA)
-    acc0 = gl.zeros((64, c.NT), gl.float32, MMA)
-    acc1 = gl.zeros((64, c.NT), gl.float32, MMA)
+    zero = gl.zeros((64, c.BT), gl.float32, MMA)
+    acc0 = gl.zeros((64, c.BT), gl.float32, MMA)
+    acc1 = gl.zeros((64, c.BT), gl.float32, MMA)
     kb = w.first * SUBS
     last = gl.maximum(gl.minimum(w.end * SUBS, g.k_scales) - 1, 0)
     p0, p1 = _scale(scales0, kb, last), _scale(scales0, kb + 1, last)
@@ -273,16 +261,16 @@ def _sum_fp8(scales0, scales1, b, g, c, w, stage, phase, SELF: gl.constexpr, MMA
     for _ in range(w.first, w.end):
         mbarrier.wait(b.full.index(stage), phase)
         for sub in gl.static_range(SUBS):
-            x = _tokens(b, c, stage, SELF).slice(128 * sub, 128)
+            x = b.x.index(stage).permute((1, 0)).slice(128 * sub, 128)
             box = b.w.index(stage * c.BOXES + FIRST).slice(128 * sub, 128, 1)
             part0 = warpgroup_mma(box, x, zero, use_acc=False, is_async=True)
             part1 = part0
             if c.BLOCKS == 2:
                 box = b.w.index(stage * c.BOXES + FIRST + 1).slice(128 * sub, 128, 1)
                 part1 = warpgroup_mma(box, x, zero, use_acc=False, is_async=True)
-            if c.NT == 128:  # 32 scales a thread beside 128 sums: better late than spilled
+            if c.BT == 128:  # 32 scales a thread beside 128 sums: better late than spilled
                 part0 = warpgroup_mma_wait(0, deps=[part0])
-            xs = b.xs.index(stage * SUBS + sub).slice(SELF % c.HALVES * c.NT, c.NT).load(gl.SliceLayout(0, MMA))
+            xs = b.xs.index(stage * SUBS + sub).slice(0, c.BT).load(gl.SliceLayout(0, MMA))
             scale0 = gl.expand_dims(xs * p0, 0)
             scale1 = scale0
             p0, p1, p2, p3 = p1, p2, p3, _scale(scales0, kb + 4, last)
@@ -290,7 +278,7 @@ def _sum_fp8(scales0, scales1, b, g, c, w, stage, phase, SELF: gl.constexpr, MMA
                 scale1 = gl.expand_dims(xs * q0, 0)
                 q0, q1, q2, q3 = q1, q2, q3, _scale(scales1, kb + 4, last)
             kb += 1
-            if c.NT < 128:
+            if c.BT < 128:
                 part0 = warpgroup_mma_wait(c.BLOCKS - 1, deps=[part0])
             if c.BLOCKS == 2:
                 acc0 += part0 * scale0
@@ -306,17 +294,17 @@ def _sum_fp8(scales0, scales1, b, g, c, w, stage, phase, SELF: gl.constexpr, MMA
 
 
 @gluon.jit
-def _store(acc, y_ptr, g, c, w, row, SELF: gl.constexpr, MMA: gl.constexpr):
-    """Write a piece of y^T, acc [64, NT], transposed through shared memory so that threads run along rows of y.
+def _store(acc, y_ptr, g, c, w, row, MMA: gl.constexpr):
+    """Write a piece of y^T, acc [64, BT], transposed through shared memory so that threads run along rows of y.
 
     Parts go out as they lie: 8 lanes' float32 values of one token fill a sector of 32 bytes anyway.
     """
-    RUN: gl.constexpr = 8 if c.NT >= 16 else 4
+    RUN: gl.constexpr = 8 if c.BT >= 16 else 4
     TURNED: gl.constexpr = gl.BlockedLayout([RUN, 1], [64 // RUN, RUN // 2], [1, 4], [0, 1])
-    ACROSS: gl.constexpr = MMA if c.SPLITS > 1 and not c.TURN else TURNED
+    ACROSS: gl.constexpr = MMA if c.SPLITS > 1 else TURNED
     out = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), ACROSS)
     n = row + gl.arange(0, 64, gl.SliceLayout(1, ACROSS))
-    t = SELF % c.HALVES * c.NT + gl.arange(0, c.NT, gl.SliceLayout(0, ACROSS))
+    t = gl.arange(0, c.BT, gl.SliceLayout(0, ACROSS))
     first = (w.part + w.batch).to(gl.int64) * g.tokens + w.token  # parts and batches don't meet
     place = (y_ptr + first * g.n_out) + (gl.expand_dims(t * g.n_out, 0) + gl.expand_dims(n, 1))
     mask = t < w.left
@@ -341,7 +329,7 @@ def _zero_rest(y_ptr, g):
 def _consume(y_ptr, ws_ptr, b, g, c, SELF: gl.constexpr):
     """Role of consumer SELF."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.NT, 32 if c.FP8 else 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, c.BT, 32 if c.FP8 else 16]
     )
     gdc_wait()
     upto = _token_tiles(g, c, gl.BlockedLayout([1], [32], [4], [0]))
@@ -349,7 +337,7 @@ def _consume(y_ptr, ws_ptr, b, g, c, SELF: gl.constexpr):
     phase = 0
     for i in range(gl.program_id(0), _count(g, c, upto), gl.num_programs(0)):
         w = _item(i, g, c, upto)
-        row = _weight_row(w, g, c, SELF // c.HALVES * c.BLOCKS)
+        row = _weight_row(w, g, c, SELF * c.BLOCKS)
         if c.FP8:
             strips = gl.cdiv(g.n_out + g.up, 128)
             scales = ws_ptr + w.group.to(gl.int64) * strips * g.k_scales
@@ -360,11 +348,11 @@ def _consume(y_ptr, ws_ptr, b, g, c, SELF: gl.constexpr):
             acc0, acc1, stage, phase = _sum_16_bit(b, c, w, stage, phase, SELF, MMA)
         if c.SWIGLU:
             h = acc0 / (1 + gl.exp2(acc0 * -1.4426950408889634)) * acc1
-            _store(h, y_ptr, g, c, w, row, SELF, MMA)
+            _store(h, y_ptr, g, c, w, row, MMA)
         else:
-            _store(acc0, y_ptr, g, c, w, row, SELF, MMA)
+            _store(acc0, y_ptr, g, c, w, row, MMA)
             if c.BLOCKS == 2:
-                _store(acc1, y_ptr, g, c, w, row + 64, SELF, MMA)
+                _store(acc1, y_ptr, g, c, w, row + 64, MMA)
     if c.LAYOUT == "ends" and c.SPLITS == 1 and SELF == 0:
         _zero_rest(y_ptr, g)
 
@@ -390,7 +378,6 @@ def gemm_small_kernel(
     BT: gl.constexpr,
     BLOCKS: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    HALVES: gl.constexpr,
     WORKER_REGS: gl.constexpr,
     LOAD_REGS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -399,28 +386,24 @@ def gemm_small_kernel(
     GROUPS: gl.constexpr,
     SWIGLU: gl.constexpr,
     W_N_MAJOR: gl.constexpr,
-    TURN: gl.constexpr = False,
 ):
     """Formulas, arguments and roles: at the head of this file."""
     DTYPE: gl.constexpr = w_map.dtype
     FP8: gl.constexpr = DTYPE.primitive_bitwidth == 8
     BK: gl.constexpr = x_map.block_type.shape[2]
-    BOXES: gl.constexpr = BLOCKS * CONSUMERS // HALVES
+    BOXES: gl.constexpr = BLOCKS * CONSUMERS
     W_BOX: gl.constexpr = [BK, 64] if W_N_MAJOR else [64, BK]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     gl.static_assert(x_map.dtype == DTYPE, "wgmma multiplies operands of one dtype: tokens and weights must agree")
     gl.static_assert(BLOCKS == 2 or not SWIGLU, "a consumer takes a block of gate rows and one of up rows")
     gl.static_assert(LAYOUT == "ends" or LAYOUT == "dense" or SPLITS == 1, "parts and batches share an index of y")
     gl.static_assert(BK % 128 == 0 or not FP8, "scales are one a block of 128 k")
-    gl.static_assert(CONSUMERS % HALVES == 0 and BT // HALVES >= 8, "a wgmma has 8 columns at the least")
     gl.static_assert(not (FP8 and W_N_MAJOR), "wgmma reads 8-bit operands with k contiguous only")
     c = Config(
         gl.constexpr(BT),
-        gl.constexpr(BT // HALVES),
         gl.constexpr(BK),
         gl.constexpr(BLOCKS),
         gl.constexpr(BOXES),
-        gl.constexpr(HALVES),
         gl.constexpr(STAGES),
         gl.constexpr(SPLITS),
         gl.constexpr(LAYOUT),
@@ -428,7 +411,6 @@ def gemm_small_kernel(
         gl.constexpr(SWIGLU),
         gl.constexpr(FP8),
         gl.constexpr(W_N_MAJOR),
-        gl.constexpr(TURN),
     )
     b = Buffers(
         gl.allocate_shared_memory(DTYPE, [STAGES * BOXES] + W_BOX, gl.NVMMASharedLayout.get_default_for(W_BOX, DTYPE)),
@@ -454,7 +436,8 @@ def gemm_small_kernel(
             [1],
             [LOAD_REGS],
         )
-    elif CONSUMERS == 2:
+    else:
+        gl.static_assert(CONSUMERS == 2, "registers suffice for one or two consumers")
         gl.warp_specialize(
             [
                 (_consume, (y_ptr, ws_ptr, b, g, c, 0)),
@@ -463,28 +446,4 @@ def gemm_small_kernel(
             ],
             [4, 1],
             [WORKER_REGS, LOAD_REGS],
-        )
-    elif CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_consume, (y_ptr, ws_ptr, b, g, c, 0)),
-                (_consume, (y_ptr, ws_ptr, b, g, c, 1)),
-                (_consume, (y_ptr, ws_ptr, b, g, c, 2)),
-                (_load, (w_map, x_map, xs_map, b, g, c)),
-            ],
-            [4, 4, 1],
-            [WORKER_REGS, WORKER_REGS, LOAD_REGS],
-        )
-    else:
-        gl.static_assert(CONSUMERS == 4, "1 to 4 consumers")
-        gl.warp_specialize(
-            [
-                (_consume, (y_ptr, ws_ptr, b, g, c, 0)),
-                (_consume, (y_ptr, ws_ptr, b, g, c, 1)),
-                (_consume, (y_ptr, ws_ptr, b, g, c, 2)),
-                (_consume, (y_ptr, ws_ptr, b, g, c, 3)),
-                (_load, (w_map, x_map, xs_map, b, g, c)),
-            ],
-            [4, 4, 4, 1],
-            [WORKER_REGS, WORKER_REGS, WORKER_REGS, LOAD_REGS],
         )

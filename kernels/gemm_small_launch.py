@@ -16,7 +16,7 @@ from dscompile.kernels.launch import capability, sm_count, start
 
 MOST_GROUPS = 512
 # Registers a thread, by consumers: what all warps start with, then a consumer's and a loading warp's share of it.
-_REGISTERS = {1: (128, 216, 40), 2: (168, 232, 40), 3: (128, 152, 56), 4: (96, 104, 64)}
+_REGISTERS = {1: (136, 232, 40), 2: (168, 232, 40)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _launch_product(call: SmallCall, plan: SmallPlan, target: torch.Tensor, swig
     launch_regs, worker_regs, load_regs = _REGISTERS[plan.consumers]
     start(
         gemm_small_kernel,
-        (min(plan.per_sm * sm_count(x.device), call.token_tiles(plan.tokens) * tiles * plan.splits),),
+        (min(sm_count(x.device), call.token_tiles(plan.tokens) * tiles * plan.splits),),
         w_map,
         x_map,
         scale_map,
@@ -88,7 +88,6 @@ def _launch_product(call: SmallCall, plan: SmallPlan, target: torch.Tensor, swig
         BT=plan.tokens,
         BLOCKS=plan.blocks,
         CONSUMERS=plan.consumers,
-        HALVES=plan.halves,
         WORKER_REGS=worker_regs,
         LOAD_REGS=load_regs,
         STAGES=plan.stages,
@@ -97,7 +96,6 @@ def _launch_product(call: SmallCall, plan: SmallPlan, target: torch.Tensor, swig
         GROUPS=max(32, 1 << (w.shape[0] - 1).bit_length()),
         SWIGLU=swiglu,
         W_N_MAJOR=n_major,
-        TURN=plan.turn,
         num_warps=4,
         maxnreg=launch_regs,
         launch_pdl=True,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import sympy
 from torch import fx
@@ -45,6 +46,7 @@ class Product:
     order: Order
     grouped: bool
     labels: str  # of the result; those of ``rows`` have the input's features for ``d``
+    bias: fx.Node | None = None  # added by the product itself
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,12 @@ class Products:
         self.indices = rows.indices
         self._known: dict[fx.Node, Product | Refusal] = {}
 
+    def table(self) -> ProductTable:
+        return PRODUCTS
+
     def find(self, node: fx.Node) -> Product | None:
         """The product that ``node`` is; None if it is none; raises a Refusal for one that can't be proved."""
-        rule = PRODUCTS.get(name(node))
+        rule = self.table().get(name(node))
         if rule is None:
             return None
         if node not in self._known:
@@ -141,7 +146,7 @@ class Products:
     def _weight(self, node: fx.Node, at: int, swapped: bool) -> Weight:
         """Behind transposes of the last two dimensions."""
         self.indices.intact(node, at)
-        while _swaps(node, 3):
+        while swaps(node, 3):
             at, swapped = self.rows.memory.position[node], not swapped
             node = arg(node, 0)
             self.indices.intact(node, at)
@@ -154,7 +159,7 @@ class Products:
             return None
         for weight, rows, swapped in ((left, right, False), (right, left, True)):
             at = self.rows.memory.position[node]
-            while _swaps(weight, 3):
+            while swaps(weight, 3):
                 at, swapped = self.rows.memory.position[weight], not swapped
                 weight = arg(weight, 0)
             if name(weight) not in ("index", "index_select") or not self._by_expert(weight):
@@ -175,7 +180,8 @@ class Products:
         return len(self.indices.shape(arg(node, 0))) == 3
 
 
-PRODUCTS: dict[str, Callable[[Products, fx.Node], Product | None]] = {
+ProductTable: TypeAlias = "dict[str, Callable[[Any, fx.Node], Product | None]]"
+PRODUCTS: ProductTable = {
     "_grouped_mm": Products._grouped,
     "transformers::grouped_mm_fallback": Products._grouped,  # where torch's has no kernel for the dtype
     "bmm": Products._batched,
@@ -183,7 +189,7 @@ PRODUCTS: dict[str, Callable[[Products, fx.Node], Product | None]] = {
 }
 
 
-def _swaps(node: fx.Node, rank: int) -> bool:
+def swaps(node: fx.Node, rank: int) -> bool:
     kind = name(node)
     if kind in ("mT", "adjoint", "matrix_H"):
         return kind == "mT"
@@ -239,7 +245,7 @@ class Reader:
         if product is not None:
             self.region.add(node)
             width = self.indices.shape(node)[product.labels.index("d")]
-            return Columns(product, None, 0, 1, width[0], product.labels)
+            return Columns(product, product.bias, 0, 1, width[0], product.labels)
         kind, at = name(node), self.rows.memory.position[node]
         if kind == "getitem":
             return self.part(node, at)

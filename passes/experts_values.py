@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from dscompile.passes.graph import Sizes, argument, is_tensor
+from dscompile.passes.graph import Sizes, argument, assignments, is_tensor
 from dscompile.passes.memory import FRESH, Memory
 from dscompile.passes.refusals import MutatedOperand
 
@@ -125,6 +125,19 @@ def option(node: fx.Node, position: int, named: str, default: object = None) -> 
 
 def dtype(node: fx.Node) -> torch.dtype:
     return node.meta["val"].dtype
+
+
+def sizes_of(graph: fx.Graph) -> list[Sizes]:
+    """The size assignments of a graph, with numbers for sizes that are known at run time only (rows of an expert)."""
+    found = assignments(graph)
+    symbols: set[Any] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                symbols |= size.node.expr.free_symbols
+    late = sorted(symbols - set(found[0].assignment), key=str)
+    return [Sizes({**s.assignment, **{u: 4099 + 2 * i for i, u in enumerate(late)}}) for s in found]
 
 
 class Indices:

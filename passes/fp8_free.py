@@ -21,6 +21,7 @@ from torch import nn
 from dscompile.passes.fp8_prepared import Prepared, copy_of
 from dscompile.passes.fp8_roles import live_nodes
 from dscompile.passes.quantize_weights import NAME as QUANTIZE
+from dscompile.passes.quantize_weights import PAIR as JOINED
 from dscompile.passes.record import PassRecord
 
 NAME = "fp8_free"
@@ -34,33 +35,34 @@ def run(prepared: Prepared) -> PassRecord:
     """Empties the storage of every quantised weight that nothing else reads; call it when the graph is compiled."""
     graph = prepared.module.graph
     live, placeholders = live_nodes(graph), [n for n in graph.nodes if n.op == "placeholder"]
-    candidates, kept = {}, 0
-    for slot in prepared.slots:
-        if slot.name == QUANTIZE:
-            (position,) = slot.positions
-            weight = prepared.inputs[position]
-            assert isinstance(weight, torch.Tensor)
-            if live & set(placeholders[position].users):
-                kept += 1
-            else:
-                candidates[id(weight)] = (weight, slot)
+    slots = [slot for slot in prepared.slots if slot.name in (QUANTIZE, JOINED)]
+    candidates = {id(w): w for slot in slots for w in prepared.weights(slot)}
+    read = {id(prepared.inputs[i]) for i, node in enumerate(placeholders) if live & set(node.users)}
     owners, sharing = _modules(candidates)
-    given = 0
-    for key, (weight, slot) in candidates.items():
+    given, freed = 0, set()
+    for key, weight in candidates.items():
         storage = weight.untyped_storage()
-        if key not in owners or sharing[storage.data_ptr()] > 1 or storage.nbytes() != weight.nbytes:
-            kept += 1
+        if key in read or key not in owners or sharing[storage.data_ptr()] > 1 or storage.nbytes() != weight.nbytes:
             continue
-        copy_of(slot.name, slot.make, [weight]).freed = True
+        freed.add(key)
+    for slot in slots:
+        weights = prepared.weights(slot)
+        if all(id(weight) in freed for weight in weights):
+            copy_of(slot.name, slot.make, weights).freed = True
+        else:
+            freed -= set(map(id, weights))
+    for key in freed:
+        storage = candidates[key].untyped_storage()
         given += storage.nbytes()
         storage.resize_(0)
         for module, name in owners[key]:
             _guard(module, name)
-    note = f"{given / 2**20:.1f} MiB of {len(candidates)} weights given back" + (f", {kept} kept" if kept else "")
+    kept = len(candidates) - len(freed)
+    note = f"{given / 2**20:.1f} MiB of {len(freed)} weights given back" + (f", {kept} kept" if kept else "")
     return PassRecord(NAME, note=note)
 
 
-def _modules(candidates: dict[int, Any]) -> tuple[dict[int, list[tuple[nn.Module, str]]], Counter[int]]:
+def _modules(candidates: dict[int, torch.Tensor]) -> tuple[dict[int, list[tuple[nn.Module, str]]], Counter[int]]:
     """(modules that hold each candidate, how many distinct tensors of modules lie in each storage)."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     lying: dict[int, int] = {}

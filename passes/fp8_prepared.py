@@ -133,6 +133,10 @@ class Prepared:
         assert isinstance(value, torch.Tensor)
         return value
 
+    def weights(self, slot: Slot) -> list[torch.Tensor]:
+        """What a slot is made from, at compile time."""
+        return self._tensors(self.inputs, slot.positions)
+
     def add(self, name: str, make: Make, sources: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """Nodes that hold ``make(*weights)``; the same ones for the same name and weights."""
         positions = tuple(self._position[node] for node in sources)

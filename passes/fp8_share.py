@@ -1,11 +1,10 @@
 """fp8_share: rows that several FP8 products read are quantised once.
 
-Before:  quantize_1x128(x.reshape(-1, K)) for each of the layers that read x (query and latent down-projections, gate and
-         up)
+Before:  quantize_1x128(x.reshape(-1, K)) for each layer that reads x (two down-projections, gate and up)
 After:   the first of them, read by all
 
-*Exact*: the same function of the same values. Legal where both read the same tensor through views that keep its rows and
-nothing writes it in between.
+*Exact*: the same function of the same values. Legal where both read the same tensor through views that keep its rows,
+and nothing writes it in between.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def _is_anchor(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """A product by expert: grouped, or batched."""
-    return node.op in ("call_function", "call_method") and _name(node) in (*_GROUPED, "bmm")
+    """A product by expert, grouped or batched, or the addition of one expert's rows."""
+    return node.op in ("call_function", "call_method") and _name(node) in (*_GROUPED, "bmm", "index_add", "index_add_")
 
 
 def _name(node: fx.Node) -> str:

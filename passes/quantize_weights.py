@@ -1,6 +1,7 @@
 """quantize_weights: linear layers and experts of a 16-bit model in block-scaled FP8, by ``options={"fp8": "block"}``.
 
 Before:  y = x W^T                                   After:  y = fp8_linear(*quantize_1x128(x), W8, scales of W8)
+Before:  y = down(silu(gate(x)) * up(x))             After:  one fp8_linear of gate and up, silu_mul_quantize_1x128, down
 Before:  y = experts(x, ids, weights, W1, W2)        After:  y = fp8_experts(x, ids, weights, W1_8, s1, W2_8, s2)
 
 *Changes rounding*: weights and rows are rounded to e4m3 with a scale for each block of 128 x 128 and 1 x 128. So it
@@ -29,7 +30,9 @@ from dscompile.lowering.block_scales import (
     dequantize_weight,
     quantize_rows,
 )
+from dscompile.passes import fp8_gated
 from dscompile.passes.emit import Emitter
+from dscompile.passes.fp8_gated import Gated
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.fp8_reads import called
 from dscompile.passes.fp8_refusals import GradientWeights, KeptPrecise
@@ -42,7 +45,7 @@ from dscompile.passes.refusals import Refusal, Unsupported
 from dscompile.passes.shadow import Shadow
 
 aten = torch.ops.aten
-NAME = "quantize_weights"
+NAME, PAIR = "quantize_weights", "quantize_weights_joined"
 DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST, MULTIPLE = 128, 16
 PROBE_ROWS = 16
@@ -64,6 +67,12 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp_min(SMALLEST_SCALE)
     values = (blocks / scale[:, None, :, None]).view(rows * BLOCK, -1)[:N, :K]
     return values.to(FP8).contiguous(), scale
+
+
+def quantize_pair(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two weights [F, K], F a multiple of 128, as one of [2F, K], quantised."""
+    (values, scales) = zip(quantize_weight(gate), quantize_weight(up), strict=True)
+    return torch.cat(values), torch.cat(scales)
 
 
 def errors(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
@@ -98,21 +107,68 @@ class Quantizer:
         self._twin = {o.node: s for s, owners in self.shadow.owners.items() for o in owners if o.module is self.module}
         self._rows: dict[fx.Node, list[tuple[fx.Node, fx.Node, fx.Node]]] = {}
         self._absorbable = up_projections(self.bound)
+        self._gated: dict[Gated, bool] = {}
 
     def run(self) -> PassRecord:
-        live = live_nodes(self.module.graph)
+        live, gated = live_nodes(self.module.graph), fp8_gated.find(self.module.graph)
         for node in list(self.module.graph.nodes):
             if node in live and called(node) == "linear":
-                self._site("fp8_linear", node, self._linear)
+                whole = gated.get(node)
+                if whole is None or not self._joined(whole, node):
+                    self._site("fp8_linear", node, self._linear)
             elif node in live and node.target is torch.ops.dsinfra.experts.default:
                 self._site("fp8_experts", node, self._experts)
         self.module.graph.lint()
         self.module.recompile()
         return self.record
 
+    def _joined(self, gated: Gated, node: fx.Node) -> bool:
+        """Writes a gated layer when its first linear layer is met; False if it must be quantised layer by layer."""
+        if gated not in self._gated:
+            self._gated[gated] = self._write_gated(gated)
+        return self._gated[gated]
+
+    def _write_gated(self, gated: Gated) -> bool:
+        e = Emitter(gated.down)
+        layers = (gated.gate, gated.up, gated.down)
+        try:
+            for layer in layers:
+                self._check(layer)
+            if not self._unchanged(gated.x, gated.gate, gated.down):
+                return False
+            rows = self._quantised_rows(e, gated.gate, gated.x)
+            pair = self.prepared.add(PAIR, quantize_pair, gated.weights)
+            dtype = gated.gate.meta["example_value"].dtype
+            both = e.call(torch.ops.dsinfra.fp8_linear.default, *rows, *pair, None, dtype)
+            hidden = e.call(torch.ops.dsinfra.silu_mul_quantize_1x128.default, both, None)
+            y, product = self._product(e, gated.down, (e.item(hidden, 0), e.item(hidden, 1)))
+            measured = [*self._pair_errors(gated), self._errors(gated.down.args[1])]
+        except Exception:
+            self._forget(e)
+            return False  # each layer says for itself what is wrong
+        gated.down.replace_all_uses_with(y)
+        for layer, cost in zip(layers, measured, strict=True):
+            site = self._new_site("fp8_linear", layer)
+            site.form = "a gated layer's 16-bit weight, quantised by request"
+            site.errors = dict(zip(("weight", "output"), cost, strict=True))
+            choose(site, product if layer is gated.down else both)
+            self.record.sites.append(site)
+        return True
+
+    def _pair_errors(self, gated: Gated) -> list[tuple[float, float]]:
+        copy = self.prepared.copy(PAIR, quantize_pair, gated.weights)
+        if "errors" not in copy.notes:
+            halves = zip(*(value.chunk(2) for value in copy.values), strict=True)
+            copy.notes["errors"] = [
+                errors(self.prepared.tensor(weight), *half) for weight, half in zip(gated.weights, halves, strict=True)
+            ]
+        return copy.notes["errors"]
+
+    def _new_site(self, kind: str, node: fx.Node) -> Site:
+        return Site(kind, module_path(node), source_line(node), True, form="16-bit weight, quantised by request")
+
     def _site(self, kind: str, node: fx.Node, write: Callable[[Emitter, fx.Node], Written]) -> None:
-        site = Site(kind, module_path(node), source_line(node), True, form="16-bit weight, quantised by request")
-        emitter = Emitter(node)
+        site, emitter = self._new_site(kind, node), Emitter(node)
         try:
             replacement, weights = write(emitter, node)
             measured = [self._errors(weight) for weight in weights]
@@ -127,16 +183,25 @@ class Quantizer:
             self.module.graph.erase_node(node)  # pure, and without readers now
         self.record.sites.append(site)
 
-    def _keep(self, site: Site, refusal: Refusal, emitter: Emitter) -> None:
+    def _forget(self, emitter: Emitter) -> None:
+        """Takes back what was written for a site that is kept after all."""
         made = set(emitter.made)
         self._rows = {x: [rows for rows in found if rows[1] not in made] for x, found in self._rows.items()}
         emitter.undo()
+
+    def _keep(self, site: Site, refusal: Refusal, emitter: Emitter) -> None:
+        self._forget(emitter)
         site.matched, site.decision = False, "kept in 16 bits"
         site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
 
     def _linear(self, e: Emitter, node: fx.Node) -> Written:
+        self._check(node)
+        y, _ = self._product(e, node, self._quantised_rows(e, node, node.args[0]))
+        return y, [node.args[1]]
+
+    def _check(self, node: fx.Node) -> None:
+        """Raises the Refusal of a linear layer that is kept."""
         x, weight = node.args[:2]
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         self._check_weight(node, x, weight)
         if weight in self._absorbable:
             raise KeptPrecise("MLA's up-projection: absorbing it needs its values", node)
@@ -144,14 +209,17 @@ class Quantizer:
             raise KeptPrecise("a router: which experts it chooses is a hard decision", node)
         if not self.head and feeds_output(node):
             raise KeptPrecise("the head: its result leaves the graph (options fp8_head quantises it)", node)
-        values, scale = self._quantised(weight)
-        rows, rows_scale = self._quantised_rows(e, node, x)
+
+    def _product(self, e: Emitter, node: fx.Node, rows: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """(the linear layer's result over quantised rows, in its shape; the product itself)."""
+        x, weight = node.args[:2]
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         dtype = node.meta["example_value"].dtype
-        y = e.call(torch.ops.dsinfra.fp8_linear.default, rows, rows_scale, values, scale, bias, dtype)
+        product = e.call(torch.ops.dsinfra.fp8_linear.default, *rows, *self._quantised(weight), bias, dtype)
         sizes = [e.size(x, d) for d in range(e.rank(x) - 1)]
-        if len(sizes) != 1:
-            y = e.call(aten.view.default, y, [*sizes, weight.meta["example_value"].shape[0]])
-        return y, [weight]
+        if len(sizes) == 1:
+            return product, product
+        return e.call(aten.view.default, product, [*sizes, weight.meta["example_value"].shape[0]]), product
 
     def _experts(self, e: Emitter, node: fx.Node) -> Written:
         x, ids, weights, w_gate_up, w_down, b_gate_up, b_down, activation, interleaved, _, limit = node.args

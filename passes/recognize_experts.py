@@ -10,15 +10,18 @@ What the index tensors are is read by ``experts_values``, where rows come from b
 arithmetic by ``experts_mlp``, the way to the result by ``experts_combine``. *Exact*: the same products in the same
 dtypes; the sum over choices is accumulated in float32 and rounded once, where the model rounds as much or more.
 
-Each proof reads every node of a layer once and evaluates nothing, so that layers are not replayed but proved one by
-one, at all assignments of symbolic sizes together. Refuses: another permutation, padding or capacity, weights before the second product, another
-activation, dropout, values with a second reader, gate and up in two weights where joining them doesn't pay.
+A loop over experts is proved by ``experts_loop``. Each proof reads every node of a layer once and evaluates nothing, so
+that layers are not replayed but proved one by one, at all assignments of symbolic sizes together. Refuses: another
+permutation, padding or capacity, weights before the second product, another activation, dropout, values with a second
+reader, weights kept apart where joining them doesn't pay.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -28,32 +31,43 @@ from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Binding, Place, Written, write
 from dscompile.passes.experts_combine import Combine, Combined
 from dscompile.passes.experts_joined import Joiner
+from dscompile.passes.experts_loop import Loop, Loops, Part
 from dscompile.passes.experts_mlp import ARITHMETIC, Hidden, Product, Products, Reader
 from dscompile.passes.experts_rows import Rows
-from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, name, readers
+from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, name, readers, sizes_of
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.graph import assignments, is_tensor, module_path, source_line
+from dscompile.passes.graph import is_tensor, module_path, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
-from dscompile.passes.refusals import IntermediateUsed, Refusal, UnboundValue, Unsupported
+from dscompile.passes.refusals import ExpertWeights, IntermediateUsed, Refusal, UnboundValue, Unsupported
 from dscompile.passes.shadow import Shadow
 
 aten = torch.ops.aten
 NAME = "recognize_experts"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Match:
-    """A proved expert layer."""
+    """A proved expert layer; ``experts`` of them."""
 
     down: Product
     hidden: Hidden
     combined: Combined
-    site: Site
+    experts: int
 
     @property
     def ids(self) -> fx.Node:
         return self.down.source
+
+    @property
+    def out(self) -> fx.Node:
+        return self.combined.out
+
+    def describe(self) -> str:
+        form, hidden = "grouped" if self.down.grouped else "batched", self.hidden
+        parts = "" if hidden.joint else ", gate and up apart"
+        sizes = f"E {self.experts}, top-{hidden.tokens.top_k}, F {hidden.gate.count}"
+        return f"{form}, {sizes}, {hidden.activation.kind}{parts}"
 
 
 class Recognizer:
@@ -61,11 +75,19 @@ class Recognizer:
 
     def __init__(self, shadow: Shadow, training: bool):
         self.memory = Memory(shadow.graph, training)
-        self.rows = Rows(Indices(self.memory, assignments(shadow.graph)))
+        self.rows = Rows(Indices(self.memory, sizes_of(shadow.graph)))
         self.products = Products(self.rows)
 
-    def second_products(self, graph: fx.Graph) -> list[tuple[fx.Node, bool]]:
-        """(product, whether it is one proved to be by expert) for each whose rows come from another product."""
+    def candidates(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Callable[[], Match | Loop]]]:
+        """(anchor of the report, its proof) of everything that could be an expert layer."""
+        for anchor in self.second_products(graph):
+            yield anchor, partial(self.match, anchor)
+        loops = Loops(self.rows)
+        for ids, masks in loops.find(graph):
+            yield masks[min(masks)], partial(loops.prove, ids, masks)
+
+    def second_products(self, graph: fx.Graph) -> list[fx.Node]:
+        """Products by expert whose rows come from another one, and those that feed none: all but the first of pairs."""
         candidates = [n for n in graph.nodes if self.products.is_candidate(n)]
         known = set(candidates)
         feeding = {n: self._sources(n, known) for n in candidates}
@@ -96,14 +118,7 @@ class Recognizer:
         _enclosed(hidden.region | combine.region, combined.out)
         if (hidden.gate.bias is None) != (hidden.up.bias is None):
             raise Unsupported("only one of gate and up has a bias", anchor)
-        site = Site("experts", module_path(anchor), source_line(anchor), True, form=self.describe(down, hidden))
-        return Match(down, hidden, combined, site)
-
-    def describe(self, down: Product, hidden: Hidden) -> str:
-        experts, width = (self.rows.indices.shape(down.weight.node)[0][0], hidden.gate.count)
-        form = "grouped" if down.grouped else "batched"
-        parts = "" if hidden.joint else ", gate and up apart"
-        return f"{form}, E {experts}, top-{hidden.tokens.top_k}, F {width}, {hidden.activation.kind}{parts}"
+        return Match(down, hidden, combined, self.rows.indices.shape(down.weight.node)[0][0])
 
 
 # Operators that lead from the first product's columns to the second product's rows.
@@ -166,6 +181,52 @@ class Plan:
         return joined, e.call(aten.cat.default, list(biases), 1) if biases else None
 
 
+class LoopPlan:
+    """As :class:`Plan`, for a loop over experts."""
+
+    def __init__(self, binding: Binding, place: Place, loop: Loop, joiner: Joiner):
+        def part(of: Part) -> tuple[tuple[fx.Node, ...], bool, bool]:
+            nodes = of.nodes if of.whole is None else (of.whole,)
+            return tuple(binding.held(place, n, loop.out) for n in nodes), of.swapped, of.whole is not None
+
+        self.place, self.joiner = place, joiner
+        self.operands = tuple(binding.held(place, n, loop.out) for n in (loop.hidden.tokens.x, loop.ids, loop.weight))
+        self.weights = tuple(part(p) for p in (*loop.gate_up, loop.down))
+        self.biases = tuple(part(p) for p in (*loop.b_gate_up, loop.b_down) if p is not None)
+        activation = loop.hidden.activation
+        self.settings = (activation.kind, loop.hidden.interleaved, activation.alpha, activation.limit)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoopPlan) and vars(self) == vars(other)
+
+    def build(self, e: Emitter) -> tuple[fx.Node, list[tuple[Place, fx.Node]]]:
+        """The operator and what it replaces."""
+        parts = (*self.weights, *self.biases)
+        if len({whole for *_, whole in parts}) != 1 or 0 < len(self.biases) != len(self.weights):
+            raise ExpertWeights("some of the experts' weights are slices of one tensor, others their own")
+        if parts[0][2]:
+            gate_up, down, *biases = self._slices(e)
+        else:
+            kinds = [(nodes, swapped) for nodes, swapped, _ in self.weights]
+            gate_up, down, *biases = self.joiner.stacked(e, self.place, kinds, [nodes for nodes, *_ in self.biases])
+        y = e.call(torch.ops.dsinfra.experts.default, *self.operands, gate_up, down, *biases, *self.settings)
+        return y, [(self.place, y)]
+
+    def _slices(self, e: Emitter) -> tuple[fx.Node | None, ...]:
+        first, (down, down_swapped, _) = self.weights[:-1], self.weights[-1]
+        if len(first) == 1:
+            gate_up = _weight(e, first[0][0][0], first[0][1])
+        else:
+            rows = (
+                hint(self.operands[0].meta["example_value"].shape[0]) * self.operands[1].meta["example_value"].shape[1]
+            )
+            pair = (first[0][0][0], first[1][0][0]), (first[0][1], first[1][1])
+            gate_up = self.joiner.joined(e, self.place, *pair, rows)
+        biases = [nodes[0] for nodes, *_ in self.biases]
+        b_gate_up = e.call(aten.cat.default, biases[:-1], 1) if len(biases) == 3 else biases[0] if biases else None
+        return gate_up, _weight(e, down[0], down_swapped), b_gate_up, biases[-1] if biases else None
+
+
 def _by_token(e: Emitter, node: fx.Node, top_k: int) -> fx.Node:
     """As [T, K]."""
     shape = node.meta["example_value"].shape
@@ -184,28 +245,29 @@ def run(
     record, written, ids = PassRecord(NAME), [], []
     recognizer = Recognizer(shadow, training)
     binding, joiner = Binding(shadow, recognizer.memory), Joiner(prepared, training)
-    plans: dict[fx.Node, list[tuple[Plan, Match]]] = defaultdict(list)
-    for anchor in recognizer.second_products(shadow.graph):
+    plans: dict[fx.Node, list[tuple[Plan | LoopPlan, fx.Node, Site]]] = defaultdict(list)
+    for anchor, prove in recognizer.candidates(shadow.graph):
         try:
-            match = recognizer.match(anchor)
+            match = prove()
             ids.append(match.ids)
-            place = binding.place(match.combined.out)
-            plan = Plan(binding, place, match, joiner)
-            plans[place.node].append((plan, match))
+            place = binding.place(match.out)
+            plan = (Plan if isinstance(match, Match) else LoopPlan)(binding, place, match, joiner)  # type: ignore[arg-type]
+            site = Site("experts", module_path(anchor), source_line(anchor), True, form=match.describe())
+            plans[place.node].append((plan, anchor, site))
         except Refusal as refusal:
             record.sites.append(refused(anchor, refusal))
         except Exception as error:  # a fault of ours costs this site, not the others
             record.sites.append(refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}")))
     for found in plans.values():
-        sites = [match.site for _, match in found]
+        (plan, anchor, _), sites = found[0], [site for *_, site in found]
         try:
-            if any(plan != found[0][0] for plan, _ in found):
-                raise UnboundValue("the runs of one shared body bind to different values", found[0][1].down.node)
-            written.append(write(found[0][0].place, sites, found[0][0].build))
+            if any(other != plan for other, *_ in found):
+                raise UnboundValue("the runs of one shared body bind to different values", anchor)
+            written.append(write(plan.place, sites, plan.build))
             for site in sites:
-                site.decision = joiner.said.get(found[0][0].place.node, "")
+                site.decision = joiner.said.get(plan.place.node, "")
         except Refusal as refusal:
-            sites = [refused(match.down.node, refusal, match.site) for _, match in found]
+            sites = [refused(anchor, refusal, site) for _, anchor, site in found]
         record.sites.extend(sites)
     for module in {w.module for w in written}:
         module.graph.lint()

@@ -19,8 +19,8 @@ from torch import fx
 
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Binding, Place, Written, write
-from dscompile.passes.experts_values import Indices, arg, name
-from dscompile.passes.graph import assignments, module_path, source_line
+from dscompile.passes.experts_values import Indices, arg, name, sizes_of
+from dscompile.passes.graph import module_path, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_experts import refused
 from dscompile.passes.record import PassRecord, Site
@@ -73,7 +73,7 @@ def run(shadow: Shadow, training: bool, ids: list[fx.Node]) -> tuple[PassRecord,
         record.note = "training keeps the model's own routers"
         return record, written
     memory = Memory(shadow.graph)
-    reader, binding = RouterReader(Indices(memory, assignments(shadow.graph))), Binding(shadow, memory)
+    reader, binding = RouterReader(Indices(memory, sizes_of(shadow.graph))), Binding(shadow, memory)
     plans: dict[fx.Node, list[tuple[Plan, fx.Node, Site]]] = defaultdict(list)
     for topk in [node for node in shadow.graph.nodes if name(node) == "topk"]:
         try:

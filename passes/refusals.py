@@ -171,6 +171,12 @@ class SeparateGateUp(LayerRefusal):
     hint = "store gate and up as one weight [experts, 2 * width, in]"
 
 
+class ExpertsApart(LayerRefusal):
+    """Each expert of a loop has parameters of its own, of which no stack can be kept."""
+
+    hint = "store the experts' weights as one parameter [experts, out, in]; then training is lowered too"
+
+
 class RoutingWeights(LayerRefusal):
     """Routing weights do not multiply the result of the down projection, each row by its own."""
 

@@ -23,12 +23,11 @@
 
 using namespace sm90;
 
-template <int BM_, int BN_, int WARPGROUPS_N_, int STAGES_, Share SHARE_, Layout LAYOUT_, bool ORDERED_>
+template <int BM_, int BN_, int WARPGROUPS_N_, int STAGES_, Share SHARE_, Layout LAYOUT_>
 struct Shape {
     static constexpr int BM = BM_, BN = BN_, BK = 128, STAGES = STAGES_;
     static constexpr Share SHARE = SHARE_;
     static constexpr Layout LAYOUT = LAYOUT_;
-    static constexpr bool ORDERED = ORDERED_;
     static constexpr int CLUSTER = SHARE == Share::NONE ? 1 : 2;
     static constexpr int WARPGROUPS_N = WARPGROUPS_N_, WARPGROUPS_M = 2 / WARPGROUPS_N;
     static constexpr int WG_ROWS = BM / WARPGROUPS_M, WG_COLS = BN / WARPGROUPS_N, WAVES = WG_ROWS / 64;
@@ -181,7 +180,6 @@ __device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<
                                          int scale_row) {
     constexpr int W_BLOCKS = (OFFSET + S::WG_COLS + 127) / 128;
     const u32 lane = lane_index();
-    const u32 turn = 1 + (threadIdx.x / 128 - 1), other_turn = 3 - turn;
 #pragma unroll
     for (int wave = 0; wave < S::WAVES; ++wave)
 #pragma unroll
@@ -202,13 +200,11 @@ __device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<
             const u32 scale = ring.x_scale() + 4 * (scale_row + 64 * wave);
             const float upper = load_shared(scale), lower = load_shared(scale + 32);
             const u64 x = matrix_descriptor(ring.x() + (wg_m * S::WG_ROWS + 64 * wave) * S::BK);
-            if constexpr (S::ORDERED) named_sync(turn, 256);
             wgmma_fence();
             wgmma_zero(partial, x, w);
 #pragma unroll
             for (int i = 1; i < S::BK / 32; ++i) wgmma_add(partial, x + 2 * i, w + 2 * i);
             wgmma_commit();
-            if constexpr (S::ORDERED) named_arrive(other_turn, 256);
             wgmma_wait(partial);
             if (wave == WAVES - 1) ring.release(lane);
 #pragma unroll
@@ -267,25 +263,14 @@ template <class S>
 __device__ __forceinline__ void store_tile(const float (&sums)[S::WAVES][S::SUMS], u32 staging, const TensorMap& y,
                                            const Problem& p, int slab, int row, int row_end, int column) {
     const u32 lane = lane_index();
-#ifdef EXP_STORE64
-    const u32 wg = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    staging = staging - warp * S::WAVES * S::WAVE_BYTES;
-    if (warp == 0 && lane == 0) tma_store_wait_read();
-    named_sync(4 + wg, 128);
-    constexpr int WAVE_B = 4 * S::WAVE_BYTES, BOX_B = 4 * S::BOX_BYTES;
-    const u32 mine = staging + warp * 2048;
-#else
     if (lane == 0) tma_store_wait_read();
     __syncwarp();
-    constexpr int WAVE_B = S::WAVE_BYTES, BOX_B = S::BOX_BYTES;
-    const u32 mine = staging;
-#endif
 #pragma unroll
     for (int wave = 0; wave < S::WAVES; ++wave) {
         if (row + 64 * wave >= row_end) continue;
 #pragma unroll
         for (int i = 0; i < S::WG_COLS / 16; ++i) {
-            const u32 box = mine + wave * WAVE_B + (i / 4) * BOX_B;
+            const u32 box = staging + wave * S::WAVE_BYTES + (i / 4) * S::BOX_BYTES;
             const u32 piece = 2 * (i % 4) + lane / 16;
             const float* v = sums[wave] + 8 * i;
             store_matrices(box + (lane % 16) * 128 + ((piece ^ (lane & 7)) << 4), pack_bf16(v[0], v[1]),
@@ -293,22 +278,6 @@ __device__ __forceinline__ void store_tile(const float (&sums)[S::WAVES][S::SUMS
         }
     }
     fence_async();
-#ifdef EXP_STORE64
-    named_sync(4 + wg, 128);
-    const int wg_row = row - warp * 16;
-    if (S::WG_COLS % 64 == 0 && wg_row + 64 * S::WAVES <= row_end) {
-        if (warp == 0 && lane == 0) {
-#pragma unroll
-            for (int wave = 0; wave < S::WAVES; ++wave)
-#pragma unroll
-                for (int box = 0; box < S::BOXES; ++box)
-                    tma_store(y, staging + wave * WAVE_B + box * BOX_B, column + 64 * box, wg_row + 64 * wave, slab);
-            tma_store_commit();
-        }
-        __syncwarp();
-        return;
-    }
-#endif
     __syncwarp();
 #pragma unroll
     for (int wave = 0; wave < S::WAVES; ++wave) {
@@ -317,14 +286,10 @@ __device__ __forceinline__ void store_tile(const float (&sums)[S::WAVES][S::SUMS
 #pragma unroll
         for (int box = 0; box < S::BOXES; ++box) {
             constexpr int WHOLE = S::WG_COLS / 64;
-            const u32 source = mine + wave * WAVE_B + box * BOX_B;
+            const u32 source = staging + wave * S::WAVE_BYTES + box * S::BOX_BYTES;
             const int left = column + 64 * box;
             if (left >= p.n) continue;
-#ifdef EXP_STORE64
-            if (false) {
-#else
             if (box < WHOLE && rows == 16) {
-#endif
                 if (lane == 0) tma_store(y, source, left, first, slab);
             } else {
                 store_rows<S>(p, source, slab, first, left, rows, box < WHOLE ? 64 : S::WG_COLS % 64);
@@ -340,7 +305,6 @@ __device__ void consume(Ring<S> ring, const TensorMap& y, const Problem& p) {
     const int math_warp = threadIdx.x / 32 - 4, warpgroup = math_warp / 4;
     const int wg_m = warpgroup / S::WARPGROUPS_N, wg_n = warpgroup % S::WARPGROUPS_N;
     const u32 staging = ring.base + S::STAGING + math_warp * S::WAVES * S::WAVE_BYTES;
-    if (S::ORDERED && warpgroup == 1) named_arrive(1, 256);  // the first turn is warpgroup 0's
     float sums[S::WAVES][S::SUMS];
     while (true) {
         barrier_wait(ring.full(), ring.phase);
@@ -360,7 +324,7 @@ __device__ void consume(Ring<S> ring, const TensorMap& y, const Problem& p) {
     __syncwarp();
 }
 
-using Chosen = Shape<TILE_M, TILE_N, TILE_WARPGROUPS_N, TILE_STAGES, Share::TILE_SHARE, Layout::TILE_LAYOUT, TILE_ORDERED>;
+using Chosen = Shape<TILE_M, TILE_N, TILE_WARPGROUPS_N, TILE_STAGES, Share::TILE_SHARE, Layout::TILE_LAYOUT>;
 
 extern "C" __global__ void __launch_bounds__(Chosen::THREADS, 1)
     fp8_gemm(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,

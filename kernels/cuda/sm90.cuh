@@ -136,16 +136,6 @@ __device__ __forceinline__ void barrier_arrive(u32 cluster_address, bool arrives
                  : "memory");
 }
 
-// Named barriers of the CTA
-
-__device__ __forceinline__ void named_sync(u32 name, u32 threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(u32 name, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // Bulk tensor copies. Coordinates go from the innermost dimension out; what lies outside the tensor reads as zero.
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

@@ -138,6 +138,10 @@ def test_under_autocast_the_weights_dtype_counts(x_dtype, w_dtype):
 @pytest.mark.parametrize("sizes", [SIZES["prefill"], SIZES["odd-rows"]], ids=["prefill", "odd-rows"])
 def test_gradients(sizes, activation, dtype):
     biases = activation != SILU
+    if biases:
+        # The published limit, which few values reach: at the limit the gradient jumps, and where rounding carries a
+        # value across it, it is right for another gate_up than the exact one.
+        activation = (*activation[:3], 7.0)
     args = make(sizes, dtype, biases=biases, transposed=biases)
     args = [a.requires_grad_() if a is not None and a.is_floating_point() else a for a in args]
     exact_args = wide(args, requires_grad=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 from dscompile.backend import dsinfra
 from dscompile.errors import OptionError, StrictRefusal
@@ -364,6 +365,21 @@ def test_calls_in_inference_mode_and_outside_share_a_copy() -> None:
         module.down.weight.mul_(2)
         assert error(call(x), emulated(module)(x)) < ROUNDING
     assert inside.isfinite().all()
+
+
+def test_a_cached_graph_holds_no_weights() -> None:
+    """Inductor's code is served from the cache to a module of other weights, and computes with those."""
+    counters, x = torch._dynamo.utils.counters, rows(4, 128)
+    with fresh_cache():
+        for scale in (1, 2):
+            module = build(MLP())
+            with torch.no_grad():
+                module.down.weight.mul_(scale)
+                counters.clear()
+                # Fused, silu(gate) * up is not rounded to bfloat16 before it is quantised.
+                assert error(Compiled(module, options={"inner": "inductor"})(x), emulated(module)(x)) < 3 * ROUNDING
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]
 
 
 # ------------------------------------------------------------------ freed weights
