@@ -24,7 +24,7 @@ from dscompile.config import Config
 from dscompile.errors import AnalysisFailed, OptionError, StrictRefusal
 from dscompile.lowering import inductor
 from dscompile.passes import absorb, lower, pipeline, recognize_mla
-from tests.passes.test_recognize_mla import D, S, Toy, _scores, randn, stack, toy
+from tests.passes.toy import D, S, Toy, randn, stack, toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def test_inner_compilers_agree(inner: str) -> None:
 
 
 def refused() -> torch.nn.Module:
-    changed = toy(attend=lambda self, q, k, v: torch.softmax(_scores(q, k).tanh(), -1) @ v)
+    changed = toy(attend=lambda self, q, k, v: torch.softmax((q @ k.mT).tanh(), -1) @ v)
     return stack(Toy, changed)()
 
 
@@ -301,7 +301,7 @@ sys.path.insert(0, sys.argv[1])
 from torch._dynamo.utils import counters
 from dscompile.backend import dsinfra
 from dscompile.lowering import inductor
-from tests.passes.test_recognize_mla import D, S, Toy, randn
+from tests.passes.toy import D, S, Toy, randn
 if sys.argv[2] == "edited":
     inductor.sources_digest = lambda: "edited"
 module, x = Toy(), randn(2, S, D)

@@ -12,7 +12,7 @@ from torch import fx
 
 from dscompile.backend import dsinfra
 from dscompile.passes import absorb, pipeline
-from tests.passes.test_recognize_mla import (
+from tests.passes.toy import (
     C,
     D,
     H,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.passes.test_recognize_mla import (
+from tests.passes.toy import (
     C,
     D,
     H,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dscompile.passes import experts_joined
-from tests.passes.test_recognize_mla import compile_passes, randn, same_as_eager, stack
+from tests.passes.toy import compile_passes, randn, same_as_eager, stack
 from tests.zoo.expert_near_misses import NEAR_MISSES, Dropout, Returned
 from tests.zoo.experts import Layer, ToyExperts
 

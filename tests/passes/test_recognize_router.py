@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.passes.test_recognize_experts import only, sites, toy
-from tests.passes.test_recognize_mla import compile_passes, randn, same_as_eager
+from tests.passes.toy import compile_passes, randn, same_as_eager
 from tests.zoo.experts import ToyExperts
 
 E, D = 8, ToyExperts.D

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.passes.test_recognize_mla import (
+from tests.passes.toy import (
     D,
     H,
     N,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.passes.test_recognize_mla import D, H, N, R, S, Toy, only_site, randn, same_as_eager, toy
+from tests.passes.toy import D, H, N, R, S, Toy, only_site, randn, same_as_eager, toy
 
 FREQUENCIES = torch.tensor([1.0, 0.1], dtype=torch.float64)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dscompile.passes.graph import assignments
-from tests.passes.test_recognize_mla import D, Toy, only_site, randn, same_as_eager, toy
 from tests.passes.tools import shadow_of
+from tests.passes.toy import D, Toy, only_site, randn, same_as_eager, toy
 
 CUT = 300  # beyond the sizes that are tried first
 
