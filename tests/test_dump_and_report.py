@@ -61,7 +61,7 @@ def test_graphs_are_readable(dumped: Path) -> None:
     after = (dumped / "01_recognize_mla.after.txt").read_text()
     assert "dsinfra.mla" not in before and after.count("= dsinfra.mla.default(") == 1
     line = next(line for line in after.splitlines() if "dsinfra.mla.default(" in line)
-    assert re.search(r"# passes/test_recognize_mla\.py:\d+$", line), "a new node has the line of the one it serves"
+    assert re.search(r"# passes/toy\.py:\d+$", line), "a new node has the line of the one it serves"
     assert re.search(r"linear\w*: float64\[2, 10, 24\] = ", before)
 
 
@@ -157,7 +157,7 @@ def test_explain_shows_a_match() -> None:
     assert lines[0] == ["graph", "0", "on", "CPU", "(reference", "implementations)"]
     shown = {words[0]: " ".join(words[1:]) for words in lines[1:]}
     assert shown["mla"] == "lowered: (top)"
-    assert re.fullmatch(r"passes/test_recognize_mla\.py:\d+", shown["source"])
+    assert re.fullmatch(r"passes/toy\.py:\d+", shown["source"])
     assert shown["form"].startswith("sdpa, H 4, N 6 + R 4, V 5, C 12, rope ")
     assert shown["mask"] == "causal" and shown["decision"].startswith("mla") and shown["kernel"] == "reference"
 
@@ -167,7 +167,7 @@ def test_explain_shows_a_refusal_with_reason_line_and_hint() -> None:
         text = str(explain(stack(Toy, biased)(), randn(2, S, D)))
     refused = text[text.index("mla refused") :]
     assert refused.startswith("mla refused (UpProjectionBias): layers.1\n")
-    assert re.search(r"source +passes/test_recognize_mla\.py:\d+\n", refused)
+    assert re.search(r"source +passes/toy\.py:\d+\n", refused)
     assert re.search(r"reason +the up-projection adds a bias\n", refused)
     assert re.search(r"hint +a bias in the key/value up-projection can't be absorbed", refused)
     assert "left to Inductor" in refused

@@ -65,7 +65,7 @@ def test_report_names_module_line_form_and_kernel() -> None:
     (report,) = same_as_eager(stack(Toy, lambda: Toy(1)))
     for i, site in enumerate(report.sites):
         assert site.module_path == f"layers.{i}"
-        assert re.fullmatch(r"passes/test_recognize_mla\.py:\d+", site.source)
+        assert re.fullmatch(r"passes/toy\.py:\d+", site.source)
         assert f"H {H}, N {N} + R {R}, V {V}, C {C}" in site.form and site.kernel == "reference"
 
 
