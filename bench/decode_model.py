@@ -48,7 +48,7 @@ def run(quick: bool = False, plan: Plan | None = None) -> list[dict[str, Any]]:
     rows = []
     with torch.no_grad():
         for name in plan.names:
-            model = models.build(name, plan.device, plan.dtype, layers=3)
+            model = models.build(name, plan.device, plan.dtype, layers=2)
             _check(model, name, both, plan)
             if model.config.num_hidden_layers != models.CONFIGS[name]["num_hidden_layers"]:
                 del model

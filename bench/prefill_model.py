@@ -41,7 +41,7 @@ def run(quick: bool = False, plan: Plan | None = None) -> list[dict[str, Any]]:
     rows = []
     with torch.no_grad():
         for name in dict(plan.prompts):
-            model = models.build(name, plan.device, plan.dtype, layers=3)
+            model = models.build(name, plan.device, plan.dtype, layers=2)
             _check(model, name, both, plan)
             if model.config.num_hidden_layers != models.CONFIGS[name]["num_hidden_layers"]:
                 del model
