@@ -6,6 +6,7 @@ room for more rows than they hold (`masked`). `gemm_plan.plan_gemm` picks the ke
     gluon     gemm_gluon.py         Hopper, rows on the tensor cores' M side: prefill, training
     small     gemm_small.py         Hopper, weights on the M side: few rows a group, as at decode
     cuda      gemm_cuda.py          Hopper, FP8 with many rows
+    torch     gemm_torch.py         what torch has for 16-bit types, where that is faster
     triton    gemm_triton.py        any CUDA GPU with the dtype, and the interpreter
 
 Nothing is padded and nothing is synchronised with the host: groups may change from replay to replay of a CUDA graph.
@@ -29,7 +30,11 @@ from dscompile.kernels.gemm_launch import Call, launch_gluon, launch_triton
 from dscompile.kernels.gemm_plan import IMPLS, GemmPlan, plan_gemm
 from dscompile.kernels.refusals import BadArguments, KernelLimit
 
-_OTHERS = {"small": "dscompile.kernels.gemm_small", "cuda": "dscompile.kernels.gemm_cuda"}
+_OTHERS = {
+    "small": "dscompile.kernels.gemm_small",
+    "cuda": "dscompile.kernels.gemm_cuda",
+    "torch": "dscompile.kernels.gemm_torch",
+}
 
 
 def linear(
@@ -124,7 +129,7 @@ def masked(
     if x.shape[0] != w.shape[0]:
         raise BadArguments(f"x is {tuple(x.shape)}, w {tuple(w.shape)}. A group has a weight of its own. Pass as many.")
     rows = x.shape[0] * (x.shape[1] if expected is None else min(expected, x.shape[1]))
-    return _run(_Request(x, w, counts, x_scale, w_scale, "masked", False, out_dtype), rows, plan)
+    return _run(_Request(x, w, counts, x_scale, w_scale, "masked", False, out_dtype, expected), rows, plan)
 
 
 # Which kernel
@@ -142,6 +147,7 @@ class _Request:
     layout: str
     swiglu: bool
     out_dtype: torch.dtype | None
+    expected: int | None = None  # rows of a masked group
 
     def refusal(self, impl: str) -> str | None:
         """Why the kernel can't take the call, or None."""
@@ -152,15 +158,17 @@ class _Request:
         module = _other(impl)
         if module is None:
             return f"There is no kernel {impl!r} here. Use one of {', '.join(map(repr, IMPLS))}."
-        tensors = self._tensors() if impl == "cuda" else self._tensors()[:2]
-        return module.supports(*tensors, swiglu=self.swiglu, **self._options())
+        return module.supports(*self._tensors(), swiglu=self.swiglu, **self._options())
 
     def run(self, plan: GemmPlan) -> torch.Tensor:
         """The result, by a kernel that doesn't refuse the call."""
         if plan.impl in _OTHERS:
-            name = {"dense": "linear", "ends": "grouped", "masked": "masked"}[self.layout]
-            swiglu = {"swiglu": self.swiglu} if self.layout == "ends" else {}
-            return getattr(_other(plan.impl), name)(*self._tensors(), **swiglu, **self._options())
+            name, own = {
+                "dense": ("linear", {}),
+                "ends": ("grouped", {"swiglu": self.swiglu}),
+                "masked": ("masked", {"expected": self.expected}),
+            }[self.layout]
+            return getattr(_other(plan.impl), name)(*self._tensors(), **own, **self._options())
         x = self.x
         y = self.empty()
         capacity = x.shape[1] if self.layout == "masked" else 0

@@ -93,7 +93,7 @@ def gluon_refusal(
     columns = w.shape[-2] // 2 if swiglu else w.shape[-2]
     if columns % 8:
         return f"y has {columns} columns. TMA writes rows at multiples of 16 bytes. Pad w to a multiple of 8."
-    return _misaligned("x", x, -1) or _misaligned("w", w, -1 if w.stride(-1) == 1 else -2)
+    return misaligned("x", x, -1) or misaligned("w", w, -1 if w.stride(-1) == 1 else -2)
 
 
 def triton_refusal(x: torch.Tensor) -> str | None:
@@ -112,7 +112,7 @@ def triton_refusal(x: torch.Tensor) -> str | None:
     return None
 
 
-def _misaligned(name: str, tensor: torch.Tensor, inner: int) -> str | None:
+def misaligned(name: str, tensor: torch.Tensor, inner: int) -> str | None:
     """Why a tensor map can't describe the tensor, or None: one contiguous dimension, others 16 bytes apart."""
     size = tensor.element_size()
     outer = [

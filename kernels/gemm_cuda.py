@@ -26,7 +26,7 @@ __all__ = ["TILES", "Tile", "choose_tile", "grouped", "linear", "masked", "progr
 
 BLOCK = 128  # of the scales, and a step along k
 SHARED_BYTES = 232448  # that a CTA on Hopper may have
-LAYOUTS = ("dense", "offsets", "masked")
+LAYOUTS = ("dense", "ends", "masked")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Tile:
 
     across: multiplying warpgroups side by side along n (1 or 2), the others stand on one another. share: what the two
     CTAs of a cluster load together: rows of "x" (their tiles are neighbours along n), of "w" (along m), or "none".
+    dense_only: not for groups, whose search takes registers that the producer of this tile would spill.
     """
 
     rows: int
     columns: int
     across: int = 1
     share: str = "none"
+    dense_only: bool = False
 
     @property
     def name(self) -> str:
@@ -81,8 +83,8 @@ TILES = {
         Tile(256, 128, share="x"),
         Tile(128, 256, across=2),
         Tile(128, 192),
-        Tile(128, 192, share="w"),
-        Tile(128, 176, share="x"),
+        Tile(128, 192, share="w", dense_only=True),
+        Tile(128, 176, share="x", dense_only=True),
         Tile(128, 128),
         Tile(64, 256, across=2),
     )
@@ -92,27 +94,27 @@ TILES = {
 # Choosing
 
 
-# Work a tile gets done in a time, to that of 256x128, all multiprocessors busy. Of m 4096 and nine (n, k) on an H100 80GB
-# HBM3, torch 2.11, NVRTC 13.0, back to back in a CUDA graph; the choice by it is within 1 % of the best in the mean.
-# Multicast of x or w gave nothing there, so only the width that has no other form uses it.
+# Work that a tile gets done in a time, relative to 256x128, all multiprocessors busy. Of m 4096 and nine (n, k) on an
+# H100 80GB HBM3, torch 2.11, NVRTC 13.0, back to back in a CUDA graph: what it chooses is within 1 % of the best in the
+# mean. Multicast of x or w gained nothing there, so only the width that was not timed without it uses it.
 SPEED = {"256x128": 1.0, "128x256": 0.97, "128x192": 1.04, "128x176-x": 1.0, "128x128": 0.87, "64x256": 0.76}
 
 
 @functools.cache
-def choose_tile(m: int, n: int, *, groups: int = 1, sms: int = 132) -> str:
-    """Name of the tile that takes the fewest and fullest rounds over `sms` multiprocessors.
+def choose_tile(m: int, n: int, *, groups: int | None = None, sms: int = 132) -> str:
+    """Name of the tile that takes the fewest and fullest rounds over `sms` multiprocessors; groups None for dense rows.
 
-    m: rows of all groups together, as far as the host knows them; groups of uneven sizes leave half a tile unfilled each.
+    m: rows of all groups together, as far as the host knows them; each group is taken to leave half a tile unfilled.
     """
 
     def cost(name: str) -> float:
         tile = TILES[name]
         unit_m, unit_n = tile.unit
-        rows_of_units = math.ceil(m / unit_m) if groups == 1 else m / unit_m + groups / 2
+        rows_of_units = math.ceil(m / unit_m) if groups is None else m / unit_m + groups / 2
         rounds = math.ceil(rows_of_units * math.ceil(n / unit_n) / (sms // tile.cluster))
         return rounds * tile.rows * tile.columns / SPEED[name]
 
-    return min(SPEED, key=cost)
+    return min((name for name in SPEED if groups is None or not TILES[name].dense_only), key=cost)
 
 
 def raster(tile: Tile, rows: int, n: int, sms: int) -> int:
@@ -216,7 +218,7 @@ def linear(
     with the reason of `supports`.
     """
     refuse_if(supports(x, w, x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype))
-    (m, k), n = x.shape, w.shape[0]
+    m, n = x.shape[0], w.shape[0]
     y = x.new_empty(m, n, dtype=torch.bfloat16)
     if m:
         name = tile or choose_tile(m, n, sms=sm_count(x.device))
@@ -241,11 +243,11 @@ def grouped(
     [G, ceil(N / 128), ceil(K / 128)].
     """
     refuse_if(supports(x, w, ends, x_scale=x_scale, w_scale=w_scale, swiglu=swiglu, out_dtype=out_dtype))
-    (m, k), (groups, n, _) = x.shape, w.shape
+    m, (groups, n, _) = x.shape[0], w.shape
     y = x.new_empty(m, n, dtype=torch.bfloat16)
     if m:
         name = tile or choose_tile(m, n, groups=groups, sms=sm_count(x.device))
-        _launch(x[None], w, x_scale[None], w_scale, ends, y[None], "offsets", name)
+        _launch(x[None], w, x_scale[None], w_scale, ends, y[None], "ends", name)
     return y
 
 
@@ -267,7 +269,7 @@ def masked(
     expected: rows a group that the tile is chosen for, by default all `max`.
     """
     refuse_if(supports(x, w, counts, x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype))
-    (slabs, most, k), n = x.shape, w.shape[1]
+    slabs, most, n = *x.shape[:2], w.shape[1]
     y = x.new_empty(slabs, most, n, dtype=torch.bfloat16)
     if slabs and most:
         rows = slabs * (expected or most)
@@ -286,50 +288,70 @@ def supports(
     swiglu: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> str | None:
-    """None where this call can be run, else why not.
+    """None where this call can be run, else why not and what to change. Looks at no value and no address.
 
     x [M, K], or masked [L, max, K]; w [N, K], or with bounds (ends or counts) [G, N, K].
     """
     if x_scale is None or w_scale is None or not x.dtype == w.dtype == torch.float8_e4m3fn:
-        return f"x and w are {x.dtype} and {w.dtype}; only float8_e4m3fn with scales"
+        scales = "no scales" if x_scale is None or w_scale is None else "scales"
+        return f"x is {x.dtype}, w {w.dtype}, with {scales}. {_KERNEL} multiplies scaled float8_e4m3fn. Quantise both."
     if swiglu or out_dtype not in (None, torch.bfloat16):
-        return f"swiglu={swiglu}, out_dtype={out_dtype}; results are plain bfloat16"
+        return (
+            f"swiglu={swiglu}, out_dtype={out_dtype} are asked for. {_KERNEL} gives plain bfloat16. Apply them after."
+        )
     if capability(x.device) != (9, 0):
-        return f"compute capability {capability(x.device)}; Hopper (9, 0) only"
-    return _shape_problem(x, w, bounds, x_scale, w_scale) or nvrtc.why_no_nvrtc()
+        found = capability(x.device) or "none"
+        return f"x is on {x.device}, compute capability {found}. {_KERNEL} needs Hopper, (9, 0). Use the Triton one."
+    return _shape_refusal(x, w, bounds, x_scale, w_scale) or _layout_refusal(x, w, x_scale, w_scale) or _nvrtc_refusal()
 
 
-def _shape_problem(
+_KERNEL = "The CUDA kernel of FP8 products"
+
+
+def _nvrtc_refusal() -> str | None:
+    reason = nvrtc.why_no_nvrtc()
+    return f"{_KERNEL} is compiled at its first call. {reason}." if reason else None
+
+
+def _shape_refusal(
     x: torch.Tensor, w: torch.Tensor, bounds: torch.Tensor | None, x_scale: torch.Tensor, w_scale: torch.Tensor
 ) -> str | None:
-    shapes = f"x {list(x.shape)}, w {list(w.shape)}, x_scale {list(x_scale.shape)}, w_scale {list(w_scale.shape)}"
+    named = {"x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale} | ({} if bounds is None else {"bounds": bounds})
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named.items()) + "."
     if (x.dim(), w.dim(), bounds is None) not in ((2, 2, True), (2, 3, False), (3, 3, False)):
-        given = "without" if bounds is None else "with"
-        return f"{shapes} {given} ends or counts; x [M, K] and w [N, K] without, w [G, N, K] with them"
+        return f"{shapes} {_KERNEL} takes x [M, K] and w [N, K], or w [G, N, K] with ends or counts [G]. Reshape."
     *slabs, rows, k = x.shape
     *groups, n, w_k = w.shape
-    k_blocks, m_pad = math.ceil(k / BLOCK), x_scale.shape[-1]
-    if w_k != k or (slabs and slabs != groups) or k == 0 or n == 0:
-        return f"{shapes}; x and w must agree in K and, masked, in the number of groups, and be more than nothing"
-    if list(x_scale.shape[:-1]) != [*slabs, k_blocks] or m_pad < rows or m_pad % 4:
-        return f"{shapes}; x_scale must be {[*slabs, k_blocks, math.ceil(rows / 4) * 4]}"
-    if list(w_scale.shape) != [*groups, math.ceil(n / BLOCK), k_blocks]:
-        return f"{shapes}; w_scale must be {[*groups, math.ceil(n / BLOCK), k_blocks]}"
+    blocks_k, blocks_n = math.ceil(k / BLOCK), math.ceil(n / BLOCK)
+    if w_k != k or slabs not in ([], groups) or not k or not n:
+        return f"{shapes} x and w must agree in K and, masked, in groups; neither K nor N may be 0. Change x or w."
+    if list(x_scale.shape[:-1]) != [*slabs, blocks_k] or x_scale.shape[-1] < rows or x_scale.shape[-1] % 4:
+        return (
+            f"{shapes} One scale belongs to 128 values of a row. Make x_scale {[*slabs, blocks_k, -(-rows // 4) * 4]}."
+        )
+    if list(w_scale.shape) != [*groups, blocks_n, blocks_k]:
+        return f"{shapes} One scale belongs to 128 x 128 values of w. Make w_scale {[*groups, blocks_n, blocks_k]}."
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
-        return f"scales are {x_scale.dtype} and {w_scale.dtype}; float32 only"
+        return f"x_scale is {x_scale.dtype}, w_scale {w_scale.dtype}. {_KERNEL} scales in float32. Convert them."
     if bounds is not None and (bounds.dtype, list(bounds.shape), bounds.is_contiguous()) != (torch.int32, groups, True):
-        return f"ends or counts are {bounds.dtype} {list(bounds.shape)}; contiguous int32 {groups} only"
-    if n % 8:
-        return f"n = {n}; rows of y must be multiples of 16 bytes, n of 8"
+        return (
+            f"{shapes} Ends or counts, here {bounds.dtype}, are one int32 a group. Make them contiguous int32 {groups}."
+        )
+    return None
+
+
+def _layout_refusal(x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> str | None:
+    if w.shape[-2] % 8:
+        return f"w {list(w.shape)} gives rows of y off 16 bytes, which bulk stores need. Pad N to a multiple of 8."
     for name, tensor in (("x", x), ("w", w), ("x_scale", x_scale)):
-        bytes_ = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
-        if not tensor.numel():
-            continue
-        if tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(stride % 16 for stride in bytes_):
-            rule = "its last must be 1, the others and its address multiples of 16 bytes"
-            return f"{name} has strides {tensor.stride()}; {rule}"
-    if w_scale.stride(-1) != 1 and k_blocks > 1:
-        return f"w_scale has strides {w_scale.stride()}; its last must be 1"
+        steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+        if tensor.numel() and (tensor.stride(-1) != 1 or any(step * tensor.element_size() % 16 for step in steps)):
+            return (
+                f"{name} {list(tensor.shape)} has strides {tensor.stride()} and offset {tensor.storage_offset()}. Bulk "
+                "copies need the last stride to be 1, the others and the offset multiples of 16 bytes. Copy it so."
+            )
+    if w_scale.stride(-1) != 1 and w_scale.shape[-1] > 1:
+        return f"w_scale has strides {w_scale.stride()}. {_KERNEL} reads its rows. Make it contiguous."
     return None
 
 
@@ -347,8 +369,10 @@ def _launch(
     if name not in TILES:
         raise ValueError(f"No tile {name!r} among {', '.join(TILES)}.")
     tile = TILES[name]
+    if tile.dense_only and layout != "dense":
+        raise ValueError(f"Tile {name} is for dense rows, this call has groups. Take one of {', '.join(SPEED)}.")
     (slabs, m, k), (groups, n, _), sms = x.shape, w.shape, sm_count(x.device)
-    expected = m if layout != "offsets" else math.ceil(m / groups)
+    expected = m if layout != "ends" else math.ceil(m / groups)
     problem = _Problem(
         x_scale.data_ptr(),
         *x_scale.stride()[:2],
@@ -361,7 +385,7 @@ def _launch(
     )
     unit_m, unit_n = tile.unit
     # Each group may leave a unit unfilled, and the rows past the last one count as a group.
-    units = (slabs * math.ceil(m / unit_m) + (groups if layout == "offsets" else 0)) * math.ceil(n / unit_n)
+    units = (slabs * math.ceil(m / unit_m) + (groups if layout == "ends" else 0)) * math.ceil(n / unit_n)
     ctas = min(sms // tile.cluster, units) * tile.cluster
     x_rows = tile.rows // (2 if tile.share == "x" else 1)
     w_rows = tile.columns // (2 if tile.share == "w" else 1)

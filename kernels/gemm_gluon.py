@@ -117,7 +117,7 @@ def _issue(acc, ring, stage, phase, ROW: gl.constexpr, KN: gl.constexpr, USE_ACC
 
 
 @gluon.jit
-def _multiply(ring, stage, phase, t, g, ROW: gl.constexpr, KN: gl.constexpr, LAYOUT: gl.constexpr, MODE: gl.constexpr):
+def _multiply(ring, stage, phase, t, g, ROW: gl.constexpr, KN: gl.constexpr, LAYOUT: gl.constexpr):
     """[64, BN], the tile's product over K of 16-bit types: a step is multiplied while the next is awaited."""
     STAGES: gl.constexpr = ring.a.type.shape[0]
     BM: gl.constexpr = ring.a.type.shape[1]
@@ -125,9 +125,7 @@ def _multiply(ring, stage, phase, t, g, ROW: gl.constexpr, KN: gl.constexpr, LAY
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     acc = gl.zeros((64, BN), gl.float32, MMA)
     acc = _issue(acc, ring, stage, phase, ROW, KN, False)
-    following = t
-    if MODE != 2:
-        following = next_tile(t, g, BM, LAYOUT)
+    following = next_tile(t, g, BM, LAYOUT)
     stage, phase = _next_stage(stage, phase, STAGES)
     for _ in range(1, g.k_steps):
         acc = _issue(acc, ring, stage, phase, ROW, KN, True)
@@ -255,12 +253,13 @@ def _store_piece(values, y, y_ptr, staging, row, column, end, g, LAYOUT: gl.cons
 
 @gluon.jit
 def _store_some(values, y_ptr, row, column, end, g):
-    """Write [64, W] outputs one by one: rows before `end`, columns that y has."""
+    """Write [64, W] outputs by 16 bytes a thread: rows before `end`, columns that y has."""
     LAYOUT: gl.constexpr = values.type.layout
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     columns = column + gl.arange(0, values.shape[1], gl.SliceLayout(0, LAYOUT))
-    place = y_ptr + gl.expand_dims(rows.to(gl.int64) * g.n, 1) + gl.expand_dims(columns, 0)
-    gl.store(place, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(columns < g.n, 0))
+    # n is a multiple of 8, which the compiler learns only from this spelling.
+    place = y_ptr + gl.expand_dims(rows.to(gl.int64) * (g.n // 8 * 8), 1) + gl.expand_dims(columns, 0)
+    gl.store(place, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(columns // 8 < g.n // 8, 0))
 
 
 @gluon.jit
@@ -295,14 +294,12 @@ def _consume(
     KN: gl.constexpr,
     SWIGLU: gl.constexpr,
     LAYOUT: gl.constexpr,
-    MODE: gl.constexpr,
 ):
     """Role of warpgroup WG: rows 64*WG .. 64*WG + 63 of each tile."""
     BM: gl.constexpr = ring.a.type.shape[1]
     BN: gl.constexpr = ring.b.type.shape[2] if KN else ring.b.type.shape[1]
     FP8: gl.constexpr = ring.a.dtype == gl.float8e4nv
     ROW: gl.constexpr = 64 * WG
-    FAR: gl.constexpr = 1 << 29 if MODE == 1 else 0
     stage = 0
     phase = 0
     t = first_tile(g, BM, LAYOUT)
@@ -314,17 +311,15 @@ def _consume(
             zeros = gl.zeros((64, WIDTH), outputs[0].dtype, BY_ROW)
             _store_some(zeros, outputs[1], row, t.column * WIDTH, t.end, g)
             t = next_tile(t, g, BM, LAYOUT)
-        elif row >= t.end + FAR:
+        elif row >= t.end:
             stage, phase = _turn(ring, stage, phase, g.k_steps)
             t = next_tile(t, g, BM, LAYOUT)
         elif not FP8:
-            acc, stage, phase, following = _multiply(ring, stage, phase, t, g, ROW, KN, LAYOUT, MODE)
+            acc, stage, phase, following = _multiply(ring, stage, phase, t, g, ROW, KN, LAYOUT)
             if SWIGLU:
                 gate, up = _halves(acc)
                 acc = gate / (1 + gl.exp(-gate)) * up
             _store(acc, outputs, staging, row, t.column * acc.shape[1], t.end, g, WG, LAYOUT)
-            if MODE == 2:
-                following = next_tile(t, g, BM, LAYOUT)
             t = following
         elif BN <= 128:
             acc, stage, phase, following = _multiply_scaled(scales, ring, stage, phase, t, g, ROW, LAYOUT)
@@ -364,7 +359,6 @@ def gemm_gluon_kernel(
     KN: gl.constexpr,
     SWIGLU: gl.constexpr,
     LAYOUT: gl.constexpr,
-    MODE: gl.constexpr = 0,
 ):
     """Formula, arguments and roles: at the head of this file."""
     DTYPE: gl.constexpr = x.dtype
@@ -395,7 +389,7 @@ def gemm_gluon_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_consume, (outputs, staging, scales, ring, g, 0, KN, SWIGLU, LAYOUT, MODE)),
+                (_consume, (outputs, staging, scales, ring, g, 0, KN, SWIGLU, LAYOUT)),
                 (_load, (x, w, ring, g, KN, SWIGLU, LAYOUT)),
             ],
             [1],
@@ -404,8 +398,8 @@ def gemm_gluon_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (outputs, staging, scales, ring, g, 0, KN, SWIGLU, LAYOUT, MODE)),
-                (_consume, (outputs, staging, scales, ring, g, 1, KN, SWIGLU, LAYOUT, MODE)),
+                (_consume, (outputs, staging, scales, ring, g, 0, KN, SWIGLU, LAYOUT)),
+                (_consume, (outputs, staging, scales, ring, g, 1, KN, SWIGLU, LAYOUT)),
                 (_load, (x, w, ring, g, KN, SWIGLU, LAYOUT)),
             ],
             [4, 1],

@@ -13,15 +13,15 @@ import torch
 
 SHARED = 232448  # bytes of shared memory that a CTA may have on Hopper
 STEP_BYTES = 128  # of K in one step of the ring
-IMPLS = ("gluon", "small", "cuda", "triton")
+IMPLS = ("gluon", "small", "cuda", "torch", "triton")
 STORE_WIDTH = 64  # columns of y that leave a warpgroup at once
 
 
 @dataclass(frozen=True)
 class GemmPlan:
-    """A kernel and its tiles. "small" and "cuda" choose their own: all but `impl` is 0 for them.
+    """A kernel and its tiles. Only "gluon" and "triton" are told theirs: all but `impl` is 0 for the others.
 
-    impl: "gluon", "triton", "small" or "cuda".
+    impl: one of IMPLS.
     bm, bn: rows of x and of w in a tile; with swiglu half of the latter are gate, half up.
     stages: of the ring in shared memory ("gluon"), or of Triton's pipeline.
     raster: row tiles of a block of tiles, within which rows come first.
@@ -34,8 +34,13 @@ class GemmPlan:
     raster: int = 0
 
 
-SMALL_ROWS = 128  # rows a group up to which "small" is the fastest
-CUDA_ROWS = 256  # rows a group from which "cuda" is, with FP8
+# Up to how many rows a group "small" is the fastest.
+SMALL_ROWS = 128
+SMALL_ROWS_OF_GROUPS = 256  # 16-bit: 401 us at 64 x 256 rows, n 2816, k 2048, torch 445
+# What makes larger 16-bit groups: "torch", or "gluon" when `python -m bench.grouped_gemm` shows that it is faster.
+LARGE_GROUPS = "torch"
+# Dense FP8: "gluon" is up to 8 % faster than "cuda", unless its tiles leave more of their last wave idle than this.
+LEAST_FILL = 0.85
 
 
 @functools.cache
@@ -53,30 +58,47 @@ def plan_gemm(
     """The plan for y [m, n] from x [m, k] and `groups` weights.
 
     Args:
-        m: rows of x. What is known of them on the host: of "ends", all; of "masked", the room.
+        m: rows of all groups together. Of "masked" groups, as many as are expected.
         n: columns of y; w has twice as many rows if swiglu.
         dtype: of x; float8_e4m3fn means scaled FP8.
         layout: "dense", "ends" or "masked".
         available: kernels that may take the call, at least one.
     """
     rows = -(-m // max(groups, 1))
-    if "small" in available and rows <= SMALL_ROWS:
-        return GemmPlan("small")
+    for impl in _preferred(rows, n, groups, dtype, layout, sms):
+        if impl in available:
+            break
+    if impl == "gluon":
+        return _gluon_plan(rows, m, n, groups, dtype, layout, swiglu, sms)
+    return triton_plan(rows, n, dtype, swiglu) if impl == "triton" else GemmPlan(impl)
+
+
+def _preferred(rows: int, n: int, groups: int, dtype: torch.dtype, layout: str, sms: int) -> list[str]:
+    """All kernels, the fastest for groups of `rows` rows first. Each knows itself what it can't take."""
     fp8 = dtype == torch.float8_e4m3fn
-    if "cuda" in available and fp8 and rows >= CUDA_ROWS:
-        return GemmPlan("cuda")
-    if "gluon" not in available:
-        if "triton" not in available:
-            return GemmPlan(available[0])
-        return triton_plan(rows, n, dtype, swiglu)
+    if fp8 and layout == "dense":
+        tiles = -(-rows // 128) * -(-n // 256)
+        large = ["gluon", "cuda"] if tiles >= LEAST_FILL * sms * -(-tiles // sms) else ["cuda", "gluon"]
+    elif fp8:
+        large = ["cuda", "gluon"]
+    elif layout == "masked" or (layout == "ends" and LARGE_GROUPS == "gluon"):
+        large = ["gluon", "torch"]
+    else:
+        large = ["torch", "gluon"]
+    most = SMALL_ROWS if fp8 or layout == "dense" else SMALL_ROWS_OF_GROUPS
+    few = ["small"] if rows <= most else []
+    order = [*few, *large, "small", "triton", "torch", "cuda"]
+    return sorted(set(order), key=order.index)
+
+
+def _gluon_plan(
+    rows: int, m: int, n: int, groups: int, dtype: torch.dtype, layout: str, swiglu: bool, sms: int
+) -> GemmPlan:
     bm = 64 if rows <= 64 else 128
-    bn = 256
-    if not swiglu:
-        tiles_m = m // bm + groups if layout == "ends" else groups * -(-rows // bm)
-        # Narrower tiles where wide ones would leave multiprocessors idle, or be cut off at N.
-        if n <= 128 or tiles_m * -(-n // 256) < sms:
-            bn = 128
-    return gluon_plan(bm, bn, dtype)
+    tiles_m = m // bm + groups if layout == "ends" else groups * -(-rows // bm)
+    # Narrower tiles where wide ones would leave multiprocessors idle, or be cut off at n.
+    narrow = not swiglu and (n <= 128 or tiles_m * -(-n // 256) < sms)
+    return gluon_plan(bm, 128 if narrow else 256, dtype)
 
 
 def gluon_plan(bm: int, bn: int, dtype: torch.dtype, *, raster: int = 8, stages: int | None = None) -> GemmPlan:

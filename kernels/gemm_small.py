@@ -18,7 +18,7 @@ from dscompile.kernels.refusals import refuse_if
 
 __all__ = ["grouped", "linear", "masked", "supports"]
 
-EXPECTED = 32  # tokens a group where nobody says: any number is right, and up to these a tile of weights is read once
+EXPECTED = 20  # tokens a group where nobody says: any number is right, and up to 32 share one reading of the weights
 
 
 def supports(
@@ -55,6 +55,8 @@ def supports(
             f"FP8 w {tuple(w.shape)} with swiglu: a block of 64 rows of the up half would lie across two scales. "
             "Pad both halves to multiples of 64 rows."
         )
+    if n_major and swiglu and w.shape[-2] % 16:
+        return f"w {tuple(w.shape)} along N, with swiglu: TMA reads from multiples of 16 bytes. Pad halves to 8 rows."
     if x_scale is not None and w_scale is not None and x_scale.shape[-1] % 4:
         return f"x_scale is {tuple(x_scale.shape)}. TMA reads rows that are multiples of 16 bytes apart. Pad it to 4."
     return _misaligned("x", x, -1) or _misaligned("w", w, -2 if n_major else -1)

@@ -3,12 +3,14 @@
     y[t, n] = sum_s parts[s, t, n]                       parts [SPLITS, T, N] float32, y [T, N] of any float type
     y[t, f] = silu(gate) * up, gate = column f of that sum, up = column F + f         SWIGLU: parts [SPLITS, T, 2F]
 
-One program: BLOCK columns of one row. Rows behind the last group, whose parts nobody wrote, are zero.
+One program (grid: block of columns fastest, then row): BLOCK columns of one row. Rows behind the last group, whose
+parts nobody wrote, are zero.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from dscompile.kernels.overlap_triton import begin
 
 
 @triton.jit
@@ -33,12 +35,11 @@ def gemm_small_join_kernel(
     OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Formulas and arguments: at the head of this file. OVERLAP: this starts while the kernel before it ends."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Formulas and arguments: at the head of this file."""
+    begin(OVERLAP)
+    blocks = tl.cdiv(n_out, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < n_out
     valid = mask
     if HAS_ENDS:

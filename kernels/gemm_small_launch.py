@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dscompile.kernels.gemm_small_plan import SmallPlan
-from dscompile.kernels.launch import capability, sm_count, start
+from dscompile.kernels.launch import sm_count, start
+from dscompile.kernels.overlap import start_overlapped
 
 MOST_GROUPS = 512
 # Registers a thread, by consumers: what all warps start with, then a consumer's and a loading warp's share of it.
@@ -108,10 +109,10 @@ def launch_join(parts: torch.Tensor, y: torch.Tensor, ends: torch.Tensor | None,
 
     tokens, columns = y.shape
     block = min(1024, max(256, 1 << (columns - 1).bit_length()))
-    overlap = (capability(parts.device) or (0, 0)) >= (9, 0)
-    start(
+    start_overlapped(
         gemm_small_join_kernel,
-        (tokens, -(-columns // block)),
+        tokens * -(-columns // block),
+        y.device,
         parts,
         y,
         y if ends is None else ends,
@@ -121,10 +122,8 @@ def launch_join(parts: torch.Tensor, y: torch.Tensor, ends: torch.Tensor | None,
         SPLITS=len(parts),
         SWIGLU=swiglu,
         HAS_ENDS=ends is not None,
-        OVERLAP=overlap,
         BLOCK=block,
         num_warps=block // 256,
-        **({"launch_pdl": True} if overlap else {}),
     )
 
 

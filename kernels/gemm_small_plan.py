@@ -73,7 +73,8 @@ def plan_small(
         return small_plan(dtype, tokens, 2, consumers, depth=128 if fp8 and tokens == 64 else None)
     if tokens >= 64 and not fp8:
         return small_plan(dtype, tokens, 2, 2)
-    return small_plan(dtype, tokens, 1, 2 if tokens >= (64 if fp8 else 32) else 1)
+    consumers = 2 if tokens >= (64 if fp8 else 32) else 1
+    return small_plan(dtype, tokens, 1, consumers, depth=128 if fp8 and tokens == 128 else None)
 
 
 def tile_tokens(m: int, groups: int, layout: str) -> int:

@@ -138,3 +138,14 @@ def gemm_triton_kernel(
             out = out / (1 + tl.exp(-out)) * up
         place = y_ptr + row.to(tl.int64)[:, None] * n + column[None, :]
         tl.store(place, out.to(y_ptr.dtype.element_ty), mask=valid_rows[:, None] & valid_columns[None, :])
+
+
+@triton.jit(do_not_specialize=["groups", "rows"])
+def zero_behind_kernel(y_ptr, ends_ptr, groups, rows, n, BLOCK: tl.constexpr):
+    """y[r, :] = 0 for rows r from ends[groups - 1] on. y [rows, n] contiguous; a program takes every so-manieth row."""
+    first = tl.minimum(tl.maximum(tl.load(ends_ptr + groups - 1), 0), rows)
+    for row in range(first + tl.program_id(0), rows, tl.num_programs(0)):
+        for column in range(0, n, BLOCK):
+            columns = column + tl.arange(0, BLOCK)
+            place = y_ptr + tl.cast(row, tl.int64) * n + columns
+            tl.store(place, tl.zeros((BLOCK,), y_ptr.dtype.element_ty), mask=columns < n)

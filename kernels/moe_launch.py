@@ -205,7 +205,7 @@ def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def plan_chunk(rows: int, columns: int) -> tuple[int, int]:
     """Columns of a program that counts and then moves rows, and its warps: the more rows to count, the wider."""
-    width = _bounded(columns, 128, 1024 if rows <= 256 else 2048)
+    width = _bounded(columns, 128, 256 if rows <= 64 else 1024 if rows <= 256 else 2048)
     return width, max(1, width // 256)
 
 

@@ -7,9 +7,9 @@ Inputs: topk_idx int64 or int32 [T, K] contiguous; ids outside [0, E) sort behin
 Outputs int32 order [M], position [T, K], ends [E]; x and z have contiguous columns. It is a counting sort without
 atomics: a place is the number of rows that come before, counted by whoever needs it, so every run gives the same bits.
 
-    M <= 4096   plan_kernel                                     one launch; each program reads all ids. It can also
+    few rows    plan_kernel                                     one launch; each program reads all ids. It can also
                                                                 write the token's row, plain or in FP8, to its places
-    above       histogram_kernel, scan_kernel, place_kernel     three; counts lie in a [blocks of rows, BINS] table
+    many        histogram_kernel, scan_kernel, place_kernel     three; counts lie in a [blocks of rows, BINS] table
 
 Rows are moved from the token's side: a token's row is read once and written to its K places.
 """

@@ -2,9 +2,8 @@
 
 At decode a kernel lasts about as long as its launch, on either side. On Hopper a kernel that takes OVERLAP begins with
 `begin(OVERLAP)` (programmatic dependent launch): it lets the next kernel be launched at once, and waits until all
-results of the one before are there. So what overlaps is launching and nothing else, unless the next kernel has work to
-do before its own wait, as the small GEMM, which fetches weights. On the host, Triton's own launch binds and
-specialises every argument anew; here the compiled kernel is looked up by what Triton would specialise it for.
+results of the one before are there. So what overlaps is launching and nothing else. On the host, Triton's own launch
+binds and specialises every argument anew; here the compiled kernel is looked up by what Triton would specialise it for.
 """
 
 from __future__ import annotations

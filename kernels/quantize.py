@@ -64,11 +64,15 @@ def silu_mul_quantize_1x128(
             "Pass [M, 2F]."
         )
     if ends is not None and (
-        ends.dtype != torch.int32 or ends.dim() != 1 or not len(ends) or ends.device != gate_up.device
+        ends.dtype != torch.int32
+        or ends.dim() != 1
+        or not len(ends)
+        or not ends.is_contiguous()
+        or ends.device != gate_up.device
     ):
         raise BadArguments(
             f"ends is {ends.dtype} {tuple(ends.shape)} on {ends.device}. The kernel reads its last entry beside "
-            f"gate_up. Pass int32 [G] on {gate_up.device}."
+            f"gate_up. Pass contiguous int32 [G] on {gate_up.device}."
         )
     return _launch(gate_up, rows, columns // 2, ends=ends, swiglu=True)
 

@@ -24,8 +24,8 @@ def device_refusal(name: str, x: torch.Tensor, *, integers: bool = False) -> str
     dtypes = FLOATS[1:] if launch.interpreting() else FLOATS
     if not integers and x.dtype not in dtypes:
         return (
-            f"{name} is {x.dtype}. The kernel computes with {', '.join(map(str, dtypes))} only (Triton's interpreter gets "
-            "bfloat16 wrong without a word). Convert to one of these."
+            f"{name} is {x.dtype}. The kernel computes with {', '.join(map(str, dtypes))} only (Triton's interpreter "
+            "gets bfloat16 wrong without a word). Convert to one of these."
         )
     return None
 

@@ -1,22 +1,24 @@
-// y[m, n] = sum over blocks b of 128 along k of x_scale[b, m] * w_scale[n / 128, b] * sum over k in b of x[m, k] * w[n, k]
+// y[m, n] = sum over blocks b of 128 along k: x_scale[b, m] * w_scale[n / 128, b] * sum over k in b: x[m, k] * w[n, k]
 //
-// Inputs   x e4m3 [slabs, m, k], k contiguous; x_scale float32 [slabs, k / 128, m], m contiguous; w e4m3 [groups, n, k],
-//          k contiguous; w_scale float32 [groups, n / 128, k / 128]. Output y bf16 [slabs, m, n].
-//          DENSE: one slab, one group. OFFSETS: one slab, group g owns rows bounds[g - 1] to bounds[g], the rows past the
-//          last group become zero. MASKED: slab g meets group g in its first bounds[g] rows, the others stay untouched.
-// Tiles    A persistent CTA computes BM x BN tiles (schedule.cuh). A cluster of two computes two neighbouring tiles: each
-//          CTA loads half of what they share and multicasts it to both.
-// Roles    Warp 0 of warpgroup 0 loads: per step of 128 along k one slot of the ring gets x, w, x's scales (bulk copies)
-//          and the tile's w scales, and in a tile's first step what tile it is. Warpgroups 1 and 2 multiply: WARPGROUPS_N
-//          side by side along n, the others stacked along m, each one or two waves of 64 rows by WG_COLS columns.
-// Sums     The tensor cores' own sum of e4m3 products keeps about 14 bits, so a block's 128 products go to a partial sum
-//          that starts from zero, and float32 instructions add it, times both scales, to the tile's. A second wave uses
-//          the first one's partial registers; the other warpgroup's products run meanwhile.
-// Ring     full[slot] completes when the producer has arrived and all bytes are there; empty[slot] when each multiplying
-//          warp of each CTA of the cluster is done with it (a peer's multicast writes here too).
-// Stores   Each warp rounds its 16 rows of a wave into its own part of shared memory and stores them by TMA while the next
-//          tile is computed. Rows of a tile that the group doesn't own are left out, so groups need no padding.
-// Limits   n and the row strides in bytes multiples of 8 and 16; k any, its last block padded with zeros by TMA.
+// Inputs   x e4m3 [slabs, m, k], k contiguous; x_scale float32 [slabs, k / 128, m_pad], m contiguous; w e4m3
+//          [groups, n, k], k contiguous; w_scale float32 [groups, n / 128, k / 128]. Output y bf16 [slabs, m, n].
+//          DENSE: one slab, one group. ENDS: one slab, group g owns rows bounds[g - 1] to bounds[g], the rows past
+//          the last group become zero. MASKED: slab g meets group g in its first bounds[g] rows, others stay untouched.
+// Tiles    A persistent CTA computes BM x BN tiles (schedule.cuh). A cluster of two computes two neighbouring tiles:
+//          each CTA loads half of what they share and multicasts it to both.
+// Roles    Warp 0 of warpgroup 0 loads: per step of 128 along k a slot of the ring gets x, w and x's scales (by bulk
+//          copies) and the tile's w scales, and in a tile's first step what tile it is. Warpgroups 1 and 2 multiply:
+//          WARPGROUPS_N side by side along n, the others stacked along m, each one or two waves of 64 rows by WG_COLS
+//          columns.
+// Sums     The tensor cores' own sum of e4m3 products keeps about 14 bits, so a block's 128 products go to a partial
+//          sum that starts from zero, and float32 instructions add it, times both scales, to the tile's. A second wave
+//          uses the first one's partial registers; the other warpgroup's products run meanwhile.
+// Ring     full[slot] completes when the producer has arrived and all bytes are there; empty[slot] when each
+//          multiplying warp of each CTA of the cluster is done with it (a peer's multicast writes here too).
+//          tests/kernels/test_gemm_cuda_pipeline.py goes through every order of these events.
+// Stores   Each warp rounds its 16 rows of a wave into its own part of shared memory and stores them by TMA while the
+//          next tile is computed. Rows of a tile that the group doesn't own are left out: groups need no padding.
+// Limits   n a multiple of 8, row strides multiples of 16 bytes, k any: TMA pads its last block with zeros.
 #include "schedule.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
@@ -49,10 +51,11 @@ struct Shape {
 
     static_assert(WG_ROWS % 64 == 0 && WAVES >= 1 && WAVES <= 2, "a warpgroup has one or two waves of 64 rows");
     static_assert(WG_COLS % 16 == 0 && WG_COLS <= 256, "columns are stored in pairs of 8");
-    static_assert(WARPGROUPS_N == 1 || WG_COLS % 128 == 0, "a warpgroup beside another begins at a block of w's scales");
+    static_assert(WARPGROUPS_N == 1 || WG_COLS % 128 == 0, "warpgroups side by side begin at a block of w");
     static_assert(W_BLOCKS <= 4, "a step carries four w scales");
     static_assert((WAVES + 1) * SUMS <= 192, "sums and partial sums must fit the registers");
-    static_assert(BYTES == TILE_BYTES && BYTES <= 232448, "shared memory as the host counted it, and no more than a CTA may have");
+    static_assert(BYTES == TILE_BYTES, "the host counts shared memory otherwise");
+    static_assert(BYTES <= 232448, "more shared memory than a CTA may have");
 };
 
 template <class S>
@@ -84,7 +87,8 @@ struct Ring {
 
 // Each lane fetches the scales of one of 32 blocks along k.
 template <class S>
-__device__ __forceinline__ void fetch_w_scales(float (&scales)[S::W_BLOCKS], const Problem& p, const Tile& tile, int k_block) {
+__device__ __forceinline__ void fetch_w_scales(float (&scales)[S::W_BLOCKS], const Problem& p, const Tile& tile,
+                                               int k_block) {
     const int mine = min(k_block + static_cast<int>(lane_index()), p.k_blocks - 1);
     const int last = (p.n - 1) / 128, group = min(tile.group, p.groups - 1);
 #pragma unroll
@@ -174,10 +178,15 @@ __device__ void produce(Ring<S> ring, const TensorMap& x, const TensorMap& w, co
 
 // ---------------------------------------------------------------- the multiplying warpgroups
 
+struct Place {
+    int wg_m, wg_n;  // of the warpgroup in the tile
+    int scale_row;   // of this thread's first row among the tile's x scales
+};
+
 // All steps of a tile, for the first WAVES waves of this warpgroup. OFFSET: the tile's first column in its block of w.
 template <class S, int OFFSET, int WAVES>
-__device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks, int wg_m, int wg_n,
-                                         int scale_row) {
+__device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks,
+                                         const Place& place) {
     constexpr int W_BLOCKS = (OFFSET + S::WG_COLS + 127) / 128;
     const u32 lane = lane_index();
 #pragma unroll
@@ -193,13 +202,14 @@ __device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<
         if constexpr (WAVES == 0) ring.release(lane);
         float w_scale[W_BLOCKS];
 #pragma unroll
-        for (int i = 0; i < W_BLOCKS; ++i) w_scale[i] = load_shared(ring.w_scale() + 4 * i + 4 * wg_n * (S::WG_COLS / 128));
-        const u64 w = matrix_descriptor(ring.w() + wg_n * S::WG_COLS * S::BK);
+        for (int i = 0; i < W_BLOCKS; ++i)
+            w_scale[i] = load_shared(ring.w_scale() + 4 * (i + place.wg_n * (S::WG_COLS / 128)));
+        const u64 w = matrix_descriptor(ring.w() + place.wg_n * S::WG_COLS * S::BK);
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave) {
-            const u32 scale = ring.x_scale() + 4 * (scale_row + 64 * wave);
+            const u32 scale = ring.x_scale() + 4 * (place.scale_row + 64 * wave);
             const float upper = load_shared(scale), lower = load_shared(scale + 32);
-            const u64 x = matrix_descriptor(ring.x() + (wg_m * S::WG_ROWS + 64 * wave) * S::BK);
+            const u64 x = matrix_descriptor(ring.x() + (place.wg_m * S::WG_ROWS + 64 * wave) * S::BK);
             wgmma_fence();
             wgmma_zero(partial, x, w);
 #pragma unroll
@@ -209,7 +219,7 @@ __device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<
             if (wave == WAVES - 1) ring.release(lane);
 #pragma unroll
             for (int i = 0; i < S::SUMS / 4; ++i) {
-                const float above = upper * w_scale[(OFFSET + 8 * i) / 128], below = lower * w_scale[(OFFSET + 8 * i) / 128];
+                const float factor = w_scale[(OFFSET + 8 * i) / 128], above = upper * factor, below = lower * factor;
                 sums[wave][4 * i] += above * partial[4 * i];
                 sums[wave][4 * i + 1] += above * partial[4 * i + 1];
                 sums[wave][4 * i + 2] += below * partial[4 * i + 2];
@@ -221,33 +231,34 @@ __device__ __forceinline__ void multiply(float (&sums)[S::WAVES][S::SUMS], Ring<
 }
 
 template <class S, int OFFSET>
-__device__ __forceinline__ void multiply_valid(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks, int wg_m,
-                                               int wg_n, int scale_row, int waves) {
+__device__ __forceinline__ void multiply_valid(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks,
+                                               const Place& place, int waves) {
     if (S::LAYOUT == Layout::DENSE || waves == S::WAVES) {
-        multiply<S, OFFSET, S::WAVES>(sums, ring, k_blocks, wg_m, wg_n, scale_row);
+        multiply<S, OFFSET, S::WAVES>(sums, ring, k_blocks, place);
     } else if (S::WAVES == 2 && waves == 1) {
-        multiply<S, OFFSET, 1>(sums, ring, k_blocks, wg_m, wg_n, scale_row);
+        multiply<S, OFFSET, 1>(sums, ring, k_blocks, place);
     } else {
-        multiply<S, OFFSET, 0>(sums, ring, k_blocks, wg_m, wg_n, scale_row);
+        multiply<S, OFFSET, 0>(sums, ring, k_blocks, place);
     }
 }
 
 // One instance of the loop for each place that a tile's first column can have in its block of w.
 template <class S, int OFFSET = 0>
-__device__ __forceinline__ void multiply_tile(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks, int wg_m,
-                                              int wg_n, int scale_row, int waves, int offset) {
+__device__ __forceinline__ void multiply_tile(float (&sums)[S::WAVES][S::SUMS], Ring<S>& ring, int k_blocks,
+                                              const Place& place, int waves, int offset) {
     if constexpr (OFFSET + S::ALIGNED < 128) {
         if (offset != OFFSET) {
-            multiply_tile<S, OFFSET + S::ALIGNED>(sums, ring, k_blocks, wg_m, wg_n, scale_row, waves, offset);
+            multiply_tile<S, OFFSET + S::ALIGNED>(sums, ring, k_blocks, place, waves, offset);
             return;
         }
     }
-    multiply_valid<S, OFFSET>(sums, ring, k_blocks, wg_m, wg_n, scale_row, waves);
+    multiply_valid<S, OFFSET>(sums, ring, k_blocks, place, waves);
 }
 
 // Copies a box's first `rows` rows from shared memory, 16 bytes a lane and time; n is a multiple of 8.
 template <class S>
-__device__ __forceinline__ void store_rows(const Problem& p, u32 source, int slab, int row, int column, int rows, int columns) {
+__device__ __forceinline__ void store_rows(const Problem& p, u32 source, int slab, int row, int column, int rows,
+                                           int columns) {
     unsigned short* y = p.y + slab * p.y_slab + row * p.y_row + column;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -317,7 +328,7 @@ __device__ void consume(Ring<S> ring, const TensorMap& y, const Problem& p) {
         const int steps = kind == ZERO ? 1 : p.k_blocks;
         const int warp_row = math_warp % 4 * 16;  // in its wave
         const int scale_row = (note.x & 3) + wg_m * S::WG_ROWS + warp_row + lane_index() / 4;
-        multiply_tile<S>(sums, ring, steps, wg_m, wg_n, scale_row, waves, note.z % 128);
+        multiply_tile<S>(sums, ring, steps, {wg_m, wg_n, scale_row}, waves, note.z % 128);
         if (column < p.n) store_tile<S>(sums, staging, y, p, slab, row + warp_row, row_end, column);
     }
     if (lane_index() == 0) tma_store_wait();

@@ -7,7 +7,7 @@
 
 #include "sm90.cuh"
 
-enum class Layout { DENSE, OFFSETS, MASKED };
+enum class Layout { DENSE, ENDS, MASKED };
 enum class Share { NONE, X, W };  // what the two CTAs of a cluster have in common: no cluster, rows of x, rows of w
 
 // What the host passes by value beside the tensor maps.
@@ -18,7 +18,7 @@ struct Problem {
     const float* w_scale;       // [groups, ceil(n / 128), k_blocks], k contiguous
     long long w_scale_group;    // its strides in elements
     long long w_scale_row;
-    const int* bounds;          // OFFSETS: ends [groups]; MASKED: counts [groups]; DENSE: unused
+    const int* bounds;          // ENDS: ends [groups]; MASKED: counts [groups]; DENSE: unused
     unsigned short* y;          // bf16 [slabs, m, n]
     long long y_slab;           // its strides in elements
     long long y_row;
@@ -49,8 +49,8 @@ public:
         }
     }
 
-    // The next tile of this CTA; false when there is none. One with row >= row_end or column >= n has nothing to compute:
-    // its CTA only takes part in the loads of the other.
+    // The next tile of this CTA; false when there is none. One with row >= row_end or column >= n has nothing to
+    // compute: its CTA only takes part in the loads of the other.
     __device__ bool next(Tile& tile) {
         const int wanted = unit;
         unit += step;
@@ -80,16 +80,18 @@ private:
     static __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
     // Groups on the list: with offsets, the rows past the last group stand for one more.
-    __device__ int listed() const { return problem.groups + (S::LAYOUT == Layout::OFFSETS ? 1 : 0); }
+    __device__ int listed() const { return problem.groups + (S::LAYOUT == Layout::ENDS ? 1 : 0); }
 
     __device__ int last_inclusive() const { return __shfl_sync(~0u, inclusive, 31); }
 
-    __device__ int units(int rows) const { return ceil_div(ceil_div(rows, S::BM), S::SHARE == Share::W ? 2 : 1) * units_n; }
+    // Rows of units that so many rows of x make, and all their units.
+    static __device__ int units_m(int rows) { return ceil_div(ceil_div(rows, S::BM), S::SHARE == Share::W ? 2 : 1); }
+    __device__ int units(int rows) const { return units_m(rows) * units_n; }
 
     __device__ void load_groups() {
         const int group = first_group + lane;
         start = end = 0;
-        if constexpr (S::LAYOUT == Layout::OFFSETS) {
+        if constexpr (S::LAYOUT == Layout::ENDS) {
             if (group <= problem.groups) {
                 start = group == 0 ? 0 : max(problem.bounds[group - 1], 0);
                 end = group == problem.groups ? problem.m : min(problem.bounds[group], problem.m);
@@ -108,10 +110,9 @@ private:
 
     // Place of a group's unit: bands of `raster` rows of units, each walked down its columns.
     __device__ void locate(Tile& tile, int local, int from, int to) const {
-        const int units_m = ceil_div(ceil_div(to - from, S::BM), S::SHARE == Share::W ? 2 : 1);
         const int band = local / (problem.raster * units_n);
         const int inside = local - band * problem.raster * units_n;
-        const int height = min(units_m - band * problem.raster, problem.raster);
+        const int height = min(units_m(to - from) - band * problem.raster, problem.raster);
         int row_tile = band * problem.raster + inside % height, column_tile = inside / height;
         if (S::SHARE == Share::W) row_tile = 2 * row_tile + rank;
         if (S::SHARE == Share::X) column_tile = 2 * column_tile + rank;

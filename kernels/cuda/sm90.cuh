@@ -84,7 +84,8 @@ __device__ __forceinline__ void store_shared(u32 address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values from the fragments of a warp; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit values from the fragments of a warp; lane l gives the address of row l % 8 of matrix
+// l / 8.
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                  "r"(c), "r"(d)
@@ -111,7 +112,7 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Returns once the phase of that parity is complete: 0 for the first, 1 for the second and for the one before the first.
+// Returns once the phase of that parity is complete: 0 for the first, 1 for the second and the one before the first.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     u32 done;
     do {
@@ -143,8 +144,8 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 }
 
 __device__ __forceinline__ void tma_load(const TensorMap& map, u32 barrier, u32 destination, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-                 "[%2];" ::"r"(destination),
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
                  "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
@@ -152,8 +153,8 @@ __device__ __forceinline__ void tma_load(const TensorMap& map, u32 barrier, u32 
 // Into the same place of every CTA in `mask`, and each one's own barrier at that address gets the bytes.
 __device__ __forceinline__ void tma_load_multicast(const TensorMap& map, u32 barrier, u32 destination, int x, int y,
                                                    int z, u16 mask) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
                  "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
                  : "memory");
 }

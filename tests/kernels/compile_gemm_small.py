@@ -16,24 +16,25 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 # name: layout, dtype, groups, swiglu, n_major, plan
 VARIANTS = {
-    "bf16-8": ("ends", BF16, 64, False, False, small_plan(BF16, 8, 1, 2)),
-    "bf16-16-deep": ("ends", BF16, 64, False, False, small_plan(BF16, 16, 1, 1, depth=256)),
+    "bf16-8": ("ends", BF16, 64, False, False, small_plan(BF16, 8, 1, 1)),
+    "bf16-16-groups": ("ends", BF16, 512, False, False, small_plan(BF16, 16, 1, 1)),
+    "bf16-32": ("ends", BF16, 64, False, False, small_plan(BF16, 32, 1, 2)),
     "bf16-64": ("ends", BF16, 64, False, False, small_plan(BF16, 64, 2, 2)),
     "bf16-128": ("ends", BF16, 256, False, False, small_plan(BF16, 128, 2, 2)),
-    "bf16-8-swiglu": ("ends", BF16, 64, True, False, small_plan(BF16, 8, 2, 1, depth=256)),
+    "bf16-128-dense": ("dense", BF16, 1, False, False, small_plan(BF16, 128, 1, 1)),
+    "bf16-8-swiglu": ("ends", BF16, 64, True, False, small_plan(BF16, 8, 2, 1)),
     "bf16-64-swiglu": ("ends", BF16, 64, True, False, small_plan(BF16, 64, 2, 2)),
     "bf16-128-swiglu": ("ends", BF16, 64, True, False, small_plan(BF16, 128, 2, 2)),
-    "bf16-8-n-major": ("ends", BF16, 64, False, True, small_plan(BF16, 8, 1, 2)),
-    "fp16-16-dense-splits": ("dense", FP16, 1, False, False, small_plan(FP16, 16, 1, 2, splits=3)),
+    "bf16-8-n-major": ("ends", BF16, 64, False, True, small_plan(BF16, 8, 1, 1)),
+    "fp16-16-dense-splits": ("dense", FP16, 1, False, False, small_plan(FP16, 16, 1, 1, splits=3)),
     "fp16-32-masked": ("masked", FP16, 64, False, False, small_plan(FP16, 32, 1, 2)),
     "fp8-8-splits": ("dense", FP8, 1, False, False, small_plan(FP8, 8, 1, 1, splits=4)),
-    "fp8-32-masked-deep": ("masked", FP8, 64, False, False, small_plan(FP8, 32, 1, 2, depth=256)),
+    "fp8-32-masked": ("masked", FP8, 64, False, False, small_plan(FP8, 32, 1, 1)),
     "fp8-64-ends": ("ends", FP8, 256, False, False, small_plan(FP8, 64, 1, 2)),
-    "fp8-128-halves-splits": ("dense", FP8, 1, False, False, small_plan(FP8, 128, 1, 2, halves=2, splits=4)),
-    "fp8-128-dense": ("dense", FP8, 1, False, False, small_plan(FP8, 128, 1, 3)),
-    "fp8-128-halves": ("dense", FP8, 1, False, False, small_plan(FP8, 128, 1, 4, halves=2)),
-    "fp8-16-swiglu-deep": ("ends", FP8, 64, True, False, small_plan(FP8, 16, 2, 1, depth=256)),
-    "fp8-64-swiglu": ("ends", FP8, 64, True, False, small_plan(FP8, 64, 2, 1)),
+    "fp8-128-ends": ("ends", FP8, 256, False, False, small_plan(FP8, 128, 1, 2, depth=128)),
+    "fp8-128-splits": ("dense", FP8, 1, False, False, small_plan(FP8, 128, 1, 1, splits=4)),
+    "fp8-16-swiglu": ("ends", FP8, 64, True, False, small_plan(FP8, 16, 2, 1)),
+    "fp8-64-swiglu": ("ends", FP8, 64, True, False, small_plan(FP8, 64, 2, 1, depth=128)),
 }
 
 

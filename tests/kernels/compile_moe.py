@@ -29,6 +29,7 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "plan-few": lambda: moe.plan(few, E),
         "plan-many": lambda: moe.plan(many, 512),
+        "plan-most": lambda: moe.plan(torch.zeros(1 << 18, 8, dtype=torch.int32), E),
         "plan-gather": lambda: moe.plan_and_gather(x, few, E),
         "plan-quantize": lambda: moe.plan_and_gather_quantize(x, few, E),
         "gather-position": lambda: moe.gather_rows(rows[:4096], order, 8, position),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -80,23 +82,24 @@ def test_supported(shape: dict, hopper: None) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"w_scale": None}, "only float8_e4m3fn with scales"),
-        ({"x": torch.zeros(64, 256)}, "torch.float32 and torch.float8_e4m3fn"),
+        ({"w_scale": None}, "with no scales"),
+        ({"x": torch.zeros(64, 256)}, "x is torch.float32, w torch.float8_e4m3fn"),
         ({"swiglu": True}, "swiglu=True"),
         ({"out_dtype": torch.float16}, "out_dtype=torch.float16"),
         ({"w": torch.zeros(128, 384, dtype=torch.float8_e4m3fn)}, "must agree in K"),
-        ({"x_scale": torch.zeros(2, 60)}, r"x_scale must be \[2, 64\]"),
-        ({"x_scale": torch.zeros(64, 2)}, r"x_scale must be \[2, 64\]"),
-        ({"w_scale": torch.zeros(2, 2)}, r"w_scale must be \[1, 2\]"),
-        ({"w_scale": torch.zeros(1, 2, dtype=torch.bfloat16)}, "float32 only"),
-        ({"x_scale": torch.zeros(64, 2).T}, r"x_scale has strides \(1, 2\)"),
-        ({"bounds": torch.zeros(1, dtype=torch.int32)}, "with ends or counts"),
-        ({"x": torch.zeros(64, 272, dtype=torch.float8_e4m3fn)[:, 8:264]}, "x has strides"),
+        ({"x_scale": torch.zeros(2, 60)}, r"Make x_scale \[2, 64\]"),
+        ({"x_scale": torch.zeros(64, 2)}, r"Make x_scale \[2, 64\]"),
+        ({"w_scale": torch.zeros(2, 2)}, r"Make w_scale \[1, 2\]"),
+        ({"w_scale": torch.zeros(1, 2, dtype=torch.bfloat16)}, "scales in float32"),
+        ({"x_scale": torch.zeros(64, 2).T}, r"x_scale \[2, 64\] has strides \(1, 2\)"),
+        ({"bounds": torch.zeros(1, dtype=torch.int32)}, r"bounds \[1\]. The CUDA kernel"),
+        (
+            {"x": torch.zeros(64, 272, dtype=torch.float8_e4m3fn)[:, 8:264]},
+            r"x \[64, 256\] has strides \(272, 1\) and offset 8",
+        ),
     ],
 )
 def test_refused(change: dict, words: str, hopper: None) -> None:
-    import re
-
     reason = supports(**{**arguments(), **change})
     assert reason is not None and re.search(words, reason), reason
 
@@ -104,12 +107,12 @@ def test_refused(change: dict, words: str, hopper: None) -> None:
 @pytest.mark.parametrize(
     ("shape", "change", "words"),
     [
-        ({"n": 130}, {}, "n of 8"),
-        ({"k": 264}, {}, "x has strides"),
-        ({"groups": 3}, {"bounds": None}, "without ends or counts"),
-        ({"groups": 3}, {"bounds": torch.zeros(3, dtype=torch.int64)}, "contiguous int32"),
-        ({"groups": 3}, {"bounds": torch.zeros(4, dtype=torch.int32)}, "contiguous int32"),
-        ({"groups": 3, "slabs": 2}, {}, "number of groups"),
+        ({"n": 130}, {}, "Pad N to a multiple of 8"),
+        ({"k": 264}, {}, "multiples of 16 bytes"),
+        ({"groups": 3}, {"bounds": None}, "with ends or counts [G]"),
+        ({"groups": 3}, {"bounds": torch.zeros(3, dtype=torch.int64)}, "contiguous int32 [3]"),
+        ({"groups": 3}, {"bounds": torch.zeros(4, dtype=torch.int32)}, "contiguous int32 [3]"),
+        ({"groups": 3, "slabs": 2}, {}, "masked, in groups"),
     ],
     ids=str,
 )
@@ -124,7 +127,21 @@ def test_other_devices_are_refused_by_a_call() -> None:
         gemm_cuda.linear(given["x"], given["w"], x_scale=given["x_scale"], w_scale=given["w_scale"])
 
 
+def test_without_a_compiler_the_reason_says_what_to_install(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "why_no_nvrtc", lambda: "NVRTC is missing: pip install it")
+    reason = supports(**arguments())
+    assert reason is not None and "pip install" in reason
+
+
 # The compiler
+
+
+def test_structures_are_laid_out_as_the_drivers() -> None:
+    """Offsets of CUlaunchConfig and CUlaunchAttribute in cuda.h, and the size of CUtensorMap."""
+    config, attribute = nvrtc._Config, nvrtc._Attribute
+    assert (config.block_x.offset, config.shared.offset, config.stream.offset) == (12, 24, 32)
+    assert (config.attributes.offset, config.attribute_count.offset) == (40, 48)
+    assert (ctypes.sizeof(attribute), attribute.words.offset, ctypes.sizeof(nvrtc.TensorMap)) == (72, 8, 128)
 
 
 def test_an_error_shows_the_compilers_log() -> None:
@@ -179,9 +196,38 @@ def test_a_cache_that_cannot_be_written_is_no_error(counted: list, monkeypatch: 
 # Choosing
 
 
-@pytest.mark.parametrize("layout", gemm_cuda.LAYOUTS)
-@pytest.mark.parametrize("n", [128, 576, 2112, 7168])
+@pytest.mark.parametrize(
+    ("m", "n", "groups", "name"),
+    [
+        (4096, 2112, None, "128x176-x"),  # 12 columns of tiles fill three rounds; 11 of 192 leave a tenth empty
+        (4096, 24576, None, "128x192"),  # both fill all but a part of the last of many rounds: the faster of the two
+        (4096, 7168, None, "256x128"),  # 896 tiles in 7 rounds of 132; 1216 of 128x192 take ten, the last almost empty
+        (4096, 1536, None, "128x192"),
+        (512, 4096, None, "128x128"),  # one round of 128 tiles instead of half a round of larger ones
+        (6559, 4096, 32, "128x192"),
+    ],
+)
+def test_choose_tile(m: int, n: int, groups: int | None, name: str) -> None:
+    assert choose_tile(m, n, groups=groups) == name
+
+
+@pytest.mark.parametrize("groups", [None, 1, 8, 256])
+@pytest.mark.parametrize("n", [8, 128, 576, 2112, 7168])
 @pytest.mark.parametrize("m", [1, 300, 4096, 34_000])
-def test_every_choice_is_a_tile(m: int, n: int, layout: str) -> None:
-    for groups in (1, 8, 256):
-        assert choose_tile(m, n, 7168, groups=groups, layout=layout) in TILES
+def test_every_choice_can_be_launched(m: int, n: int, groups: int | None) -> None:
+    for sms in (2, 78, 132):
+        tile = TILES[choose_tile(m, n, groups=groups, sms=sms)]
+        assert groups is None or not tile.dense_only
+
+
+def test_a_dense_tile_is_refused_for_groups(hopper: None) -> None:
+    given = arguments(groups=3)
+    x, w, ends = given["x"], given["w"], given["bounds"]
+    with pytest.raises(ValueError, match="128x176-x is for dense rows"):
+        gemm_cuda.grouped(x, w, ends, x_scale=given["x_scale"], w_scale=given["w_scale"], tile="128x176-x")
+
+
+def test_an_unknown_tile_lists_the_known_ones(hopper: None) -> None:
+    given = arguments()
+    with pytest.raises(ValueError, match="No tile '1x1' among 256x128, "):
+        gemm_cuda.linear(given["x"], given["w"], x_scale=given["x_scale"], w_scale=given["w_scale"], tile="1x1")

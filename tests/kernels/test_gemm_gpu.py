@@ -81,6 +81,19 @@ def test_plain_triton_swiglu() -> None:
     compare(BASE.with_(n=200, k=192, swiglu=True), triton_plan(500, 200, torch.bfloat16, True))
 
 
+@pytest.mark.parametrize("kn", [False, True], ids=["nk", "kn"])
+def test_torch(kn: bool, hopper: None) -> None:
+    compare(BASE.with_(n=328, k=192, kn=kn), GemmPlan("torch"))
+    compare(Case((1000,), n=520, k=1472, layout="dense", kn=kn), GemmPlan("torch"))
+
+
+def test_torch_with_swiglu(hopper: None) -> None:
+    """It rounds once more: before the activation."""
+    p = make(BASE.with_(n=200, k=192, swiglu=True), "cuda")
+    want = p.run(gluon_plan(128, 256, torch.bfloat16))
+    torch.testing.assert_close(p.run(GemmPlan("torch")), want, rtol=2**-6, atol=2**-6 * float(want.float().std()))
+
+
 @pytest.mark.parametrize("rows", [1, 40, 200, 2000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("layout", ["dense", "ends", "masked"])

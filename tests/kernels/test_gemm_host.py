@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dscompile.kernels import gemm, launch
+from dscompile.kernels import gemm, gemm_plan, gemm_torch, launch
 from dscompile.kernels.gemm_checks import gluon_refusal, triton_refusal
 from dscompile.kernels.gemm_launch import Call
-from dscompile.kernels.gemm_plan import SHARED, STORE_WIDTH, GemmPlan, gluon_plan, plan_gemm
+from dscompile.kernels.gemm_plan import IMPLS, SHARED, STORE_WIDTH, GemmPlan, gluon_plan, plan_gemm
 from dscompile.kernels.refusals import BadArguments, KernelLimit
 from tests.kernels.gemm_cases import FP8, Case, make
 
@@ -30,17 +30,41 @@ def test_tiles_of_64_rows_for_small_groups() -> None:
     assert planned(64 * 65, 2816, 2048, 64).bm == 128
 
 
-def test_the_others_where_they_are_faster() -> None:
-    everything = (*OURS, "small", "cuda")
-    assert planned(96, 2816, 2048, 64, available=everything).impl == "small"
-    assert planned(24576, 2816, 2048, 64, available=everything).impl == "gluon"
-    assert planned(32768, 4096, 7168, 4, dtype=FP8, available=everything).impl == "cuda"
+def best(*size: int, dtype: torch.dtype = BF16, **changes: object) -> str:
+    return planned(*size, dtype=dtype, available=IMPLS, **changes).impl
+
+
+def test_few_rows_a_group() -> None:
+    assert best(96, 2816, 2048, 64) == "small"
+    assert best(64 * 256, 2816, 2048, 64) == "small"
+    assert best(128, 7168, 16384, dtype=FP8) == "small"
+    assert best(32 * 20, 4096, 2048, 32, dtype=FP8, layout="masked") == "small"
+
+
+def test_many_rows_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch, unless ours were measured to be faster; masked groups, which torch has none of, by ours."""
+    assert best(4096, 4096, 4096) == "torch"
+    assert best(64 * 500, 4096, 4096, 64, layout="masked") == "gluon"
+    for choice in ("torch", "gluon"):
+        plan_gemm.cache_clear()
+        monkeypatch.setattr(gemm_plan, "LARGE_GROUPS", choice)
+        assert best(24576, 2816, 2048, 64) == choice
+    plan_gemm.cache_clear()
+
+
+def test_many_rows_of_fp8() -> None:
+    """Tiles of 128 x 256, but where they fill 2.2 waves: others, which fill theirs better."""
+    assert best(4096, 7168, 16384, dtype=FP8) == "gluon"
+    assert best(4096, 2112, 7168, dtype=FP8) == "cuda"
+    assert best(32768, 4096, 7168, 4, dtype=FP8) == "cuda"
     assert planned(32768, 4096, 7168, 4, dtype=FP8).impl == "gluon"
 
 
-def test_what_is_left_when_all_else_refuses() -> None:
-    assert planned(100, 64, 64, available=("triton",)).impl == "triton"
-    assert planned(100, 64, 64, available=("cuda",)).impl == "cuda"
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", ["dense", "ends", "masked"])
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_what_is_left_when_all_others_refuse(dtype: torch.dtype, layout: str, impl: str) -> None:
+    assert planned(100, 64, 64, dtype=dtype, layout=layout, available=(impl,)).impl == impl
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
@@ -153,6 +177,13 @@ def test_gluon_refuses(on_hopper: object) -> None:
     assert "at most 16 bits" in gluon_refusal(good, torch.zeros(2, 8, 64, dtype=BF16), out_dtype=torch.float32)
     fp8 = torch.zeros(2, 64, 16, dtype=FP8).transpose(1, 2)
     assert "along K" in gluon_refusal(good.to(FP8), fp8)
+
+
+def test_torch_refuses_on_the_cpu() -> None:
+    x, w = torch.zeros(4, 64, dtype=BF16), torch.zeros(8, 64, dtype=BF16)
+    assert "x is on cpu" in gemm_torch.supports(x, w)
+    with pytest.raises(KernelLimit, match="products of CUDA devices"):
+        gemm.linear(x, w, plan=GemmPlan("torch"))
 
 
 def test_triton_refuses_fp8_on_old_devices() -> None:

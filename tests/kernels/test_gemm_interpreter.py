@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dscompile.kernels.gemm_plan import GemmPlan
+from dscompile.kernels.gemm_torch import zero_behind
 from tests.kernels.gemm_cases import FP8, Case, make, problems
 
 pytestmark = pytest.mark.interpreter
@@ -68,6 +69,13 @@ def test_result_types(out_dtype: torch.dtype) -> None:
     p = make(case, "cpu")
     y = p.run(GemmPlan("triton", 32, 64, 2, 8))
     assert y.dtype == out_dtype and not problems(y, p)
+
+
+@pytest.mark.parametrize("ends", [[3, 9], [0, 0], [5, 20], [2, 31]], ids=str)
+def test_zeros_behind_the_last_group(ends: list[int]) -> None:
+    y = torch.ones(20, 1100)
+    zero_behind(y, torch.tensor(ends, dtype=torch.int32))
+    assert torch.equal(y.sum(1), torch.tensor([1100.0] * min(ends[-1], 20) + [0.0] * (20 - min(ends[-1], 20))))
 
 
 def test_without_a_plan() -> None:

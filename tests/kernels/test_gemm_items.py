@@ -1,4 +1,4 @@
-"""The Gluon GEMM's way through its work, run on the CPU: every output is made once, by tiles in the order that was meant.
+"""The Gluon GEMM's way through its work, run on the CPU: every output is made once, by tiles in the order meant.
 
 The device functions that number tiles are ordinary Python but for a few calls, for which stand-ins on integers suffice.
 """

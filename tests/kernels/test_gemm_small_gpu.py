@@ -5,12 +5,12 @@ import torch
 
 from dscompile.kernels import gemm_small
 from dscompile.kernels.gemm_small_launch import SmallCall, launch_small
-from dscompile.kernels.gemm_small_plan import SmallPlan, small_plan
+from dscompile.kernels.gemm_small_plan import SmallPlan, small_plan, tile_tokens
 from tests.kernels.small_gemm_cases import FP8, UNEVEN, Case, Inputs, make, problems
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
+DTYPES = {"bf16": torch.bfloat16, "fp8": FP8}
 TOKENS = (8, 16, 32, 64, 128)
 
 
@@ -23,12 +23,6 @@ def hopper() -> None:
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-def plan_of(
-    dtype: torch.dtype, tokens: int, blocks: int, consumers: int, splits: int = 1, depth: int = 128, halves: int = 1
-) -> SmallPlan:
-    return small_plan(dtype, tokens, blocks, consumers, splits=splits, depth=depth, halves=halves)
 
 
 def run(case: Case, i: Inputs, plan: SmallPlan) -> torch.Tensor:
@@ -46,39 +40,31 @@ def check(case: Case, plan: SmallPlan) -> None:
     assert torch.equal(y.nan_to_num(0.5), run(case, i, plan).nan_to_num(0.5)), "not repeatable"
 
 
-# Blocks, consumers, halves; with 128 tokens, those whose accumulators fit the registers.
-SHAPES = [(1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 4, 2)]
-TILES = [(tokens, *shape) for tokens in TOKENS for shape in SHAPES if tokens // shape[2] >= 8]
-TILES = [tile for tile in TILES if tile not in [(128, 1, 4, 1), (128, 2, 1, 1), (128, 2, 2, 1)]]
-
-
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
-def test_groups_of_uneven_sizes(tile: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    tokens, blocks, consumers, halves = tile
-    check(Case(dtype=dtype, n=584, k=464, extra=5), plan_of(dtype, tokens, blocks, consumers, halves=halves))
-
-
-@pytest.mark.parametrize("consumers", [1, 2])
-def test_two_blocks_of_128_tokens(consumers: int) -> None:
-    check(Case(n=584, k=464, extra=5), plan_of(torch.bfloat16, 128, 2, consumers))
+@pytest.mark.parametrize("blocks, consumers", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_groups_of_uneven_sizes(tokens: int, blocks: int, consumers: int, dtype: torch.dtype) -> None:
+    if dtype == FP8 and (tokens, blocks) == (128, 2):
+        pytest.skip("not a plan: sums and products of two such blocks don't fit the registers")
+    check(Case(dtype=dtype, n=584, k=464, extra=5), small_plan(dtype, tokens, blocks, consumers))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("tokens", TOKENS[:4])
 def test_swiglu(tokens: int, splits: int, dtype: torch.dtype) -> None:
-    check(Case(dtype=dtype, n=192, swiglu=True, extra=3), plan_of(dtype, tokens, 2, 1, splits))
+    depth = 128 if dtype == FP8 and tokens == 64 else None
+    check(Case(dtype=dtype, n=192, swiglu=True, extra=3), small_plan(dtype, tokens, 2, 1, depth=depth, splits=splits))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_masked(tokens: int, dtype: torch.dtype) -> None:
-    check(Case(dtype=dtype, layout="masked", extra=5), plan_of(dtype, tokens, 1, 2))
+    check(Case(dtype=dtype, layout="masked", extra=5), small_plan(dtype, tokens, 1, 2))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("splits", [1, 3, 8], ids=["whole", "uneven", "some empty"])
 @pytest.mark.parametrize("tokens", [1, 13, 64, 65, 128])
 def test_dense_in_parts(tokens: int, splits: int, dtype: torch.dtype) -> None:
     case = Case((tokens,), n=576, k=1024, layout="dense", dtype=dtype)
-    check(case, plan_of(dtype, min(128, max(8, 1 << (tokens - 1).bit_length())), 1, 1, splits))
+    check(case, small_plan(dtype, tile_tokens(tokens, 1, "dense"), 1, 1, splits=splits))
 
 
 @pytest.mark.parametrize(
@@ -93,17 +79,17 @@ def test_dense_in_parts(tokens: int, splits: int, dtype: torch.dtype) -> None:
     ids=["none", "one of 64", "1 each", "256", "300"],
 )
 def test_numbers_of_groups(counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(Case(counts, n=128, k=256, dtype=dtype, extra=2), plan_of(dtype, 8, 1, 2))
+    check(Case(counts, n=128, k=256, dtype=dtype, extra=2), small_plan(dtype, 8, 1, 2))
 
 
 @pytest.mark.parametrize("layout", ["ends", "masked"])
 def test_nan_stays_in_its_group(layout: str, dtype: torch.dtype) -> None:
     case = Case(dtype=dtype, layout=layout)
     i = make(case, "cuda")
-    clean = run(case, i, plan_of(dtype, 16, 1, 1))
+    clean = run(case, i, small_plan(dtype, 16, 1, 1))
     batch, first, end = case.owned()[4]
-    i.x[batch, first:end] = torch.nan
-    y = run(case, i, plan_of(dtype, 16, 1, 1))
+    i.x[batch, first:end] = torch.tensor(torch.nan).to(dtype)
+    y = run(case, i, small_plan(dtype, 16, 1, 1))
     assert bool(y[batch, first:end].isnan().all())
     y[batch, first:end] = clean[batch, first:end]
     assert torch.equal(y.nan_to_num(0.5), clean.nan_to_num(0.5))
@@ -113,7 +99,7 @@ def test_nan_stays_in_its_group(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])
 @pytest.mark.parametrize("tokens", [8, 64])
 def test_weights_with_n_contiguous(tokens: int, swiglu: bool, dtype: torch.dtype) -> None:
-    check(Case(dtype=dtype, n=328, k=456, n_major=True, swiglu=swiglu, extra=1), plan_of(dtype, tokens, 2, 1))
+    check(Case(dtype=dtype, n=328, k=456, n_major=True, swiglu=swiglu, extra=1), small_plan(dtype, tokens, 2, 1))
 
 
 @pytest.mark.parametrize("depth", [64, 256])
@@ -121,15 +107,20 @@ def test_depths(depth: int, dtype: torch.dtype) -> None:
     if depth == 64 and dtype == FP8:
         depth = 512
     for swiglu in (False, True):
-        check(Case(dtype=dtype, n=384, k=400, swiglu=swiglu), plan_of(dtype, 16, 2, 1, depth=depth))
+        check(Case(dtype=dtype, n=384, k=400, swiglu=swiglu), small_plan(dtype, 16, 2, 1, depth=depth))
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_float16(tokens: int) -> None:
+    check(Case(dtype=torch.float16, n=584, k=464, extra=5), small_plan(torch.float16, tokens, 1, 2))
 
 
 def test_many_stages_and_a_long_sum(dtype: torch.dtype) -> None:
-    check(Case((128,), n=256, k=16384, layout="dense", dtype=dtype), plan_of(dtype, 128, 1, 2))
+    check(Case((128,), n=256, k=16384, layout="dense", dtype=dtype), small_plan(dtype, 128, 1, 2))
 
 
 def test_widths_of_16_bytes(dtype: torch.dtype) -> None:
-    check(Case((9,), n=72, k=16 if dtype == FP8 else 8, layout="dense", dtype=dtype), plan_of(dtype, 16, 1, 1))
+    check(Case((9,), n=72, k=80, layout="dense", dtype=dtype), small_plan(dtype, 16, 1, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 100])

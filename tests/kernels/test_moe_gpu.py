@@ -8,12 +8,13 @@ from tests.kernels.moe_cases import PATTERNS, combine_arguments, combine_referen
 
 pytestmark = pytest.mark.gpu
 
-# tokens, top_k, experts: one launch up to 4096 rows, three above
+# tokens, top_k, experts: one launch up to 2048 rows, three above
 SIZES = [
     (1, 1, 1),
     (1, 8, 256),
     (128, 8, 256),
-    (512, 8, 512),
+    (256, 8, 512),
+    (257, 8, 512),
     (513, 8, 256),
     (65, 6, 160),
     (4096, 8, 256),
@@ -40,7 +41,7 @@ def test_plan_of_two_million_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("columns", [7168, 2880, 100, 7])
-@pytest.mark.parametrize("tokens", [1, 3, 128, 700])
+@pytest.mark.parametrize("tokens", [1, 3, 128, 512, 513])
 def test_gathers_agree(tokens: int, columns: int) -> None:
     topk_idx = ids("some outside", tokens, 8, 256, "cuda")
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)

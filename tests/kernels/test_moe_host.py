@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dscompile.kernels import launch, moe, quantize
+from dscompile.kernels import launch, moe, moe_launch, quantize
 from dscompile.kernels.activation import gated_activation
+from dscompile.kernels.overlap import _kind
 from dscompile.kernels.refusals import BadArguments, KernelLimit
 from dscompile.kernels.route import refusal as route_refusal
 from dscompile.kernels.route import route
@@ -68,7 +69,7 @@ def test_bad_arguments(call: object, words: str) -> None:
     [
         (lambda: quantize.quantize_1x128(X[0]), r"x is \(256,\).*Pass \[M, K\]"),
         (lambda: quantize.silu_mul_quantize_1x128(X[:, 1:]), r"gate_up is \(3, 255\).*Pass \[M, 2F\]"),
-        (lambda: quantize.silu_mul_quantize_1x128(X, ENDS.long()), r"ends is torch.int64.*Pass int32 \[G\]"),
+        (lambda: quantize.silu_mul_quantize_1x128(X, ENDS.long()), r"ends is torch.int64.*Pass contiguous int32 \[G\]"),
         (lambda: quantize.silu_mul_quantize_1x128(X, ENDS[:0]), r"\(0,\)"),
         (lambda: quantize.gather_quantize_1x128(X, ORDER, 3), r"int32 \[9\]"),
         (lambda: quantize.gather_quantize_1x128(X, ORDER, 2, POSITION.t()), "position"),
@@ -133,6 +134,35 @@ def test_fp8_needs_a_gpu_that_has_it() -> None:
 @pytest.mark.parametrize(("rows", "padded"), [(0, 0), (1, 4), (4, 4), (5, 8)])
 def test_padded_rows(rows: int, padded: int) -> None:
     assert quantize.padded_rows(rows) == padded
+
+
+def test_few_rows_make_narrow_programs_and_many_wide_ones() -> None:
+    assert moe_launch.plan_chunk(8, 7168) == (256, 1)
+    assert moe_launch.plan_chunk(256, 7168) == (1024, 4)
+    assert moe_launch.plan_chunk(4096, 7168) == (2048, 8)
+    assert moe_launch.plan_chunk(4096, 300) == (512, 2)
+    assert moe_launch.plan_chunk(8, 7) == (128, 1)  # a block of the quantisation at least
+    assert moe_launch.combine_chunk(32, 7168) == (1024, 4) and moe_launch.combine_chunk(33, 7168) == (1024, 2)
+    assert moe_launch.row_chunk(7168) == (1024, 4) and moe_launch.row_chunk(7) == (256, 1)
+    assert quantize.tile_of(64) == (4, 1) and quantize.tile_of(65) == (16, 4)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("bounds", [1, 8, 32])
+def test_comparisons_of_the_plan_fill_the_warps_and_fit_the_registers(bounds: int, warps: int) -> None:
+    assert moe_launch.plan_slots(32 * warps, bounds, warps) == 32 * warps
+    many = moe_launch.plan_slots(4096, bounds, warps)
+    assert many >= 32 * warps and many * bounds <= 1024 * warps
+
+
+def test_launches_are_told_apart_as_triton_specialises() -> None:
+    """Values of one kind may share a compiled kernel, so kinds must be no coarser than Triton's own."""
+    x = torch.zeros(64, dtype=torch.bfloat16)
+    assert _kind(x) == _kind(x[8:]) != _kind(x[1:])  # 16 bytes further, and 2
+    assert _kind(x) != _kind(x.half()) != _kind(x.float())
+    assert len({_kind(value) for value in (1, 2, 16, 1 << 31, (1 << 31) + 1)}) == 5
+    assert _kind(3) == _kind(5) and _kind(32) == _kind(4096) and _kind(0) == _kind(16)
+    assert _kind(None) != _kind(1.0) == _kind(2.0)
 
 
 def test_without_triton_everything_imports_and_says_so() -> None:
