@@ -48,6 +48,7 @@ def dsinfra(
     Raises:
         OptionError: an option is unknown or has a wrong value.
         DumpDirectoryError: the dump directory can't be written; nothing was compiled.
+        WeightFreed: the graph reads a weight whose memory was given back under ``fp8_free``.
         StrictRefusal, AnalysisFailed: under ``strict``, where a site would be left to Inductor.
     """
     config = Config.of(mode, options)
@@ -58,6 +59,7 @@ def dsinfra(
     dump.finish(report)
     sink(report)
     log.info("%s", report)
+    fp8_free.check(gm, example_inputs)
     if prepared is None or not prepared.slots:
         return _compile(gm, example_inputs, config)
     compiled = prepared.bind(_compile(*prepared.lift(), config))

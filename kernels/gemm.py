@@ -45,6 +45,7 @@ def linear(
     w_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     plan: GemmPlan | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """y [M, N] = x w^T.
 
@@ -55,12 +56,14 @@ def linear(
         w_scale: float32 [ceil(N/128), ceil(K/128)], contiguous.
         out_dtype: of y; x's own when None, bfloat16 for FP8.
         plan: kernel and tiles; chosen when None.
+        checked: the caller has seen to all that BadArguments would say.
 
     Raises:
         BadArguments: shapes, dtypes or devices that don't fit together.
         KernelLimit: no kernel, or not the planned one, takes the call here.
     """
-    check(x, w, 2, 2, x_scale, w_scale, out_dtype)
+    if not checked:
+        check(x, w, 2, 2, x_scale, w_scale, out_dtype)
     if w_scale is not None:
         w_scale = w_scale.unsqueeze(0)
     return _run(_Request(x, w.unsqueeze(0), None, x_scale, w_scale, "dense", False, out_dtype), len(x), plan)
@@ -76,6 +79,7 @@ def grouped(
     swiglu: bool = False,
     out_dtype: torch.dtype | None = None,
     plan: GemmPlan | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """y [M, N]: rows ends[g-1] .. ends[g] - 1 of x by w[g]^T, or silu(gate) * up of both halves of that if swiglu.
 
@@ -87,15 +91,16 @@ def grouped(
         x_scale: as for `linear`.
         w_scale: float32 [G, ceil(N/128), ceil(K/128)], contiguous.
         swiglu: both products are accumulated in float32 and only what leaves is rounded. Not for FP8.
-        out_dtype, plan: as for `linear`.
+        out_dtype, plan, checked: as for `linear`.
 
     Raises:
         BadArguments, KernelLimit: as `linear`.
     """
-    check(x, w, 2, 3, x_scale, w_scale, out_dtype)
-    check_bounds("ends", ends, x, w)
-    if swiglu and w.shape[1] % 2:
-        raise BadArguments(f"w is {tuple(w.shape)}. With swiglu its rows are gate over up: pass an even number.")
+    if not checked:
+        check(x, w, 2, 3, x_scale, w_scale, out_dtype)
+        check_bounds("ends", ends, x, w)
+        if swiglu and w.shape[1] % 2:
+            raise BadArguments(f"w is {tuple(w.shape)}. With swiglu its rows are gate over up: pass an even number.")
     return _run(_Request(x, w, ends, x_scale, w_scale, "ends", swiglu, out_dtype), len(x), plan)
 
 
@@ -109,6 +114,7 @@ def masked(
     out_dtype: torch.dtype | None = None,
     expected: int | None = None,
     plan: GemmPlan | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """y [L, max, N]: the first counts[l] rows of x[l] by w[l]^T. Other rows of y are not written.
 
@@ -119,15 +125,16 @@ def masked(
         x_scale: float32 [L, ceil(K/128), max_pad], max_pad = max rounded up to 4, contiguous.
         w_scale: as for `grouped`.
         expected: rows that a group is likely to have, all `max` when None; only the speed depends on it.
-        out_dtype, plan: as for `linear`.
+        out_dtype, plan, checked: as for `linear`.
 
     Raises:
         BadArguments, KernelLimit: as `linear`.
     """
-    check(x, w, 3, 3, x_scale, w_scale, out_dtype)
-    check_bounds("counts", counts, x, w)
-    if x.shape[0] != w.shape[0]:
-        raise BadArguments(f"x is {tuple(x.shape)}, w {tuple(w.shape)}. A group has a weight of its own. Pass as many.")
+    if not checked:
+        check(x, w, 3, 3, x_scale, w_scale, out_dtype)
+        check_bounds("counts", counts, x, w)
+        if x.shape[0] != w.shape[0]:
+            raise BadArguments(f"x is {tuple(x.shape)}, w {tuple(w.shape)}. A group has its own weight. Pass as many.")
     rows = x.shape[0] * (x.shape[1] if expected is None else min(expected, x.shape[1]))
     return _run(_Request(x, w, counts, x_scale, w_scale, "masked", False, out_dtype, expected), rows, plan)
 
@@ -204,12 +211,22 @@ class _Request:
         scale = self.w_scale[0] if self.w_scale is not None and self.bounds is None else self.w_scale
         return {"x_scale": self.x_scale, "w_scale": scale, "out_dtype": self.out_dtype}
 
+    def key(self) -> tuple:
+        """All that a choice and a refusal depend on."""
+        tensors = (t for t in (self.x, self.w, self.x_scale, self.w_scale) if t is not None)
+        seen = tuple((t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
+        device = self.x.device
+        return seen, device, launch.capability(device), self.layout, self.swiglu, self.out_dtype, self.expected
+
 
 @functools.cache
 def _other(impl: str) -> ModuleType | None:
     """The module of a kernel that is optional, if there is one."""
     name = _OTHERS.get(impl)
     return importlib.import_module(name) if name and importlib.util.find_spec(name) else None
+
+
+_chosen: dict[tuple, GemmPlan] = {}
 
 
 def _run(request: _Request, rows: int, plan: GemmPlan | None) -> torch.Tensor:
@@ -220,6 +237,17 @@ def _run(request: _Request, rows: int, plan: GemmPlan | None) -> torch.Tensor:
         if refusal := request.refusal(plan.impl):
             raise KernelLimit(refusal)
         return request.run(plan)
+    key = request.key()
+    plan = _chosen.get(key)
+    if plan is None:
+        if len(_chosen) >= 4096:  # of shapes that change from call to call
+            _chosen.clear()
+        plan = _chosen[key] = _choose(request, rows)
+    return request.run(plan)
+
+
+def _choose(request: _Request, rows: int) -> GemmPlan:
+    """The best plan whose kernel takes the call."""
     x, w = request.x, request.w
     size = (rows, request.columns, w.shape[2], len(w), x.dtype, request.layout, request.swiglu)
     available, refusals = IMPLS, []
@@ -227,7 +255,7 @@ def _run(request: _Request, rows: int, plan: GemmPlan | None) -> torch.Tensor:
         plan = plan_gemm(*size, launch.sm_count(x.device), available)
         refusal = request.refusal(plan.impl)
         if refusal is None:
-            return request.run(plan)
+            return plan
         refusals.append(f"{plan.impl}: {refusal}")
         available = tuple(impl for impl in available if impl != plan.impl)
     raise KernelLimit(" ".join(refusals))

@@ -59,9 +59,9 @@ def launch_gluon(call: Call, plan: GemmPlan) -> None:
     launch.start(
         gemm_gluon_kernel,
         (min(launch.sm_count(x.device), call.tiles_at_most(plan.bm, tiles_n)),),
-        _tensor_map(x, [plan.bm, step]),
-        _tensor_map(w.transpose(1, 2) if kn else w, [1, step, box] if kn else [1, box, step]),
-        _tensor_map(y, [64, STORE_WIDTH]),
+        _tensor_map(x, (plan.bm, step)),
+        _tensor_map(w.transpose(1, 2) if kn else w, (1, step, box) if kn else (1, box, step)),
+        _tensor_map(y, (64, STORE_WIDTH)),
         y,
         call.x_scale if fp8 else stand_in,
         call.w_scale if fp8 else stand_in,
@@ -130,15 +130,23 @@ def _box_layout(element_bits: int, rank: int) -> Any:
     return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=element_bits, rank=rank)
 
 
-def _tensor_map(x: torch.Tensor, box: list[int]) -> Any:
+def _tensor_map(x: torch.Tensor, box: tuple[int, ...]) -> Any:
     """Over a tensor with contiguous last dimension. What lies past its ends is loaded as zeros and not stored."""
+    of_nothing = _map_of(x.shape, x.stride(), x.dtype, box)
+    found = object.__new__(type(of_nothing))  # its constructor checks at length what is known to be right
+    found.__dict__.update(of_nothing.__dict__, base=x)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _map_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, box: tuple[int, ...]) -> Any:
+    """A tensor map of nothing yet, kept for each shape."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    shape, strides = list(x.shape), list(x.stride())
-    if 1 in shape:
+    nothing = torch.empty(0, dtype=dtype)
+    usable, span = [1], shape[-1]
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1])):
         # Of a dimension of size 1, PyTorch lets the stride be anything: it is never used, but must pass TMA's rules.
-        strides[-1], span = 1, shape[-1]
-        for i in range(len(shape) - 2, -1, -1):
-            strides[i] = strides[i] if shape[i] > 1 else -(-span // 16) * 16
-            span = strides[i] * shape[i]
-    return TensorDescriptor(x, shape, strides, box, _box_layout(8 * x.element_size(), len(box)))
+        usable.insert(0, stride if size > 1 else -(-span // 16) * 16)
+        span = usable[0] * size
+    return TensorDescriptor(nothing, list(shape), usable, list(box), _box_layout(8 * nothing.element_size(), len(box)))

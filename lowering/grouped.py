@@ -24,7 +24,8 @@ from torch import Tensor
 
 from dscompile.lowering.select import YES, Decision, is_real, no, size, table
 
-_ALIGNMENT = 16  # bytes: what a row must be a multiple of, and start at, for torch's grouped_mm
+_ALIGNMENT = 16  # bytes: what a row must be a multiple of, and start at, for torch's grouped_mm and TMA
+_MOST_ANSWERS = 1024
 
 
 # ------------------------------------------------------------------ our kernels
@@ -72,6 +73,31 @@ def _cuda_is_present() -> bool:
     return torch.cuda.is_available()
 
 
+def remembered(supports: Callable[..., Decision]) -> Callable[..., Decision]:
+    """`supports` with its answers kept for real tensors: it reads nothing but metadata, and eager decode asks it for
+    each layer and token. Addresses matter by their alignment alone."""
+    answers: dict[tuple, Decision] = {}
+
+    @functools.wraps(supports)
+    def ask(*args: Any) -> Decision:
+        key: list[Any] = []
+        for a in args:
+            if isinstance(a, Tensor):
+                if not is_real(a):
+                    return supports(*args)
+                key += a.dtype, a.device, a.shape, a.stride(), a.data_ptr() % _ALIGNMENT
+            else:
+                key.append(a)
+        answer = answers.get(tuple(key))
+        if answer is None:
+            if len(answers) >= _MOST_ANSWERS:
+                answers.clear()
+            answer = answers[tuple(key)] = supports(*args)
+        return answer
+
+    return ask
+
+
 def can_wait(x: Tensor) -> bool:
     """Whether a reference may read values on the host: always, except while a CUDA graph is captured."""
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
@@ -97,6 +123,7 @@ def supports_gemm(
     return YES if None in refusals else no(" ".join(filter(None, refusals)))
 
 
+@remembered
 def _supports_fp8(
     impl: str, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, last: Any, out_dtype: torch.dtype
 ) -> Decision:
@@ -131,6 +158,7 @@ def _fp8_masked(
     return gemm.masked(x, w, counts.contiguous(), x_scale=x_scale, w_scale=w_scale, out_dtype=out_dtype)
 
 
+@remembered
 def _supports_grouped(impl: str, x: Tensor, w: Tensor, ends: Tensor) -> Decision:
     return supports_gemm(x, w, impl=impl)
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from dscompile.lowering.activations import gated
 from dscompile.lowering.block_scales import FP8
-from dscompile.lowering.grouped import metadata, on_cuda, supports_gemm
+from dscompile.lowering.grouped import metadata, on_cuda, remembered, supports_gemm
 from dscompile.lowering.rows import first_refusal, supports_combine, supports_quantize, supports_rows
 from dscompile.lowering.select import Decision, no, size, table
 
 # ------------------------------------------------------------------ experts, 16-bit
 
 
+@remembered
 def _supports_fused(
     x: Tensor,
     topk_idx: Tensor,
@@ -155,6 +156,7 @@ def _rows_like(x: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Any:
 # ------------------------------------------------------------------ experts, FP8
 
 
+@remembered
 def _supports_fp8_fused(
     x: Tensor,
     topk_idx: Tensor,

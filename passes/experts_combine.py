@@ -53,6 +53,7 @@ class Flow:
     weight: Own | None = None
     bias: fx.Node | None = None
     summed: bool = False
+    owing: bool = False  # rows of no expert hold a bias, and have to be masked
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Combine:
             flow = step(self, flow, reader)
         if flow.weight is None:
             raise RoutingWeights("the results are summed without routing weights", flow.node)
+        if flow.owing:
+            raise CombineForm("rows of no expert get the bias of the last one", flow.node)
         return Combined(self.rounded(flow.node), flow.weight.base, flow.bias)
 
     def done(self, flow: Flow) -> bool:
@@ -130,7 +133,8 @@ class Combine:
         mine = table.source is self.down.source and table.order is flow.order
         if not mine or aligned(flow.labels, table.labels) != flow.labels or not flow.labels.endswith("d"):
             raise ExpertWeights("the bias of the second product is not that of the row's expert", node)
-        return replace(flow, node=node, bias=table.base)
+        exact = self.indices.below(table.source, self.indices.shape(table.base)[0][0])
+        return replace(flow, node=node, bias=table.base, owing=table.clamped and not exact)
 
     def weigh(self, flow: Flow, node: fx.Node) -> Flow:
         if flow.weight is not None or flow.summed:
@@ -161,7 +165,7 @@ class Combine:
     def mask(self, flow: Flow, node: fx.Node) -> Flow:
         if arg(node, 0) is not flow.node or not self.rows.leaves_out(node, flow.order):
             raise CombineForm("results are masked by something else than ids of no expert", node)
-        return replace(flow, node=node)
+        return replace(flow, node=node, owing=False)
 
     def permute(self, flow: Flow, node: fx.Node) -> Flow:
         """``z[inverse]``: sorted rows in flat order."""

@@ -146,7 +146,7 @@ class Products:
     def _weight(self, node: fx.Node, at: int, swapped: bool) -> Weight:
         """Behind transposes of the last two dimensions."""
         self.indices.intact(node, at)
-        while swaps(node, 3):
+        while swaps(node, 3) and not self.rows.stops(node):
             at, swapped = self.rows.memory.position[node], not swapped
             node = arg(node, 0)
             self.indices.intact(node, at)
@@ -159,7 +159,7 @@ class Products:
             return None
         for weight, rows, swapped in ((left, right, False), (right, left, True)):
             at = self.rows.memory.position[node]
-            while swaps(weight, 3):
+            while swaps(weight, 3) and not self.rows.stops(weight):
                 at, swapped = self.rows.memory.position[weight], not swapped
                 weight = arg(weight, 0)
             if name(weight) not in ("index", "index_select") or not self._by_expert(weight):

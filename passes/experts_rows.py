@@ -63,12 +63,13 @@ class Own:
 
 @dataclass(frozen=True)
 class Table:
-    """``base[id of the row]``, ids being ``source`` in ``order``."""
+    """``base[id of the row]``, ids being ``source`` in ``order``; ``clamped``: rows of no expert read the last."""
 
     base: fx.Node
     source: fx.Node
     order: Order
     labels: str
+    clamped: bool = False
 
 
 def moved(labels: str, before: Shape, after: Shape) -> str | None:
@@ -116,12 +117,16 @@ class Rows:
     def __init__(self, indices: Indices):
         self.indices = indices
         self.memory = indices.memory
+        self.left_out: list[Outside] = []  # the masks that were read as if they were not there
 
     def through(self, node: fx.Node) -> None:
         """Refuses an operator inside the layer that stops the gradient."""
-        stopped = name(node) == "detach" or node.meta.get("dsinfra_no_grad")
-        if self.memory.training and stopped and dtype(node).is_floating_point:
+        if self.stops(node) and dtype(node).is_floating_point:
             raise Unsupported(f"no gradient flows through `{node.name}`", node)
+
+    def stops(self, node: fx.Node) -> bool:
+        """True for an operator behind which there is no gradient."""
+        return self.memory.training and bool(name(node) == "detach" or node.meta.get("dsinfra_no_grad"))
 
     def relabel(self, node: fx.Node, labels: str) -> str:
         """Letters of a view, copy or cast of its first argument, which has ``labels``."""
@@ -149,7 +154,10 @@ class Rows:
         if name(node) != "masked_fill" or arg(node, 2) != 0:
             return False
         outside = self.indices.read(arg(node, 1), self.memory.position[node])
-        return isinstance(outside, Outside) and outside.order is order
+        if not isinstance(outside, Outside) or outside.order is not order:
+            return False
+        self.left_out.append(outside)
+        return True
 
     def row_labels(self, index: fx.Node) -> str:
         """Letters of an index tensor: rows, then dimensions of size 1 (or repetition, read as ``d``)."""
@@ -185,7 +193,9 @@ class Rows:
             return None
         x, taken = arg(node, 0), self.indices.read(index, at)
         self.indices.intact(x, at)
-        if len(self.indices.shape(x)) != 2 or name(node) == "gather" and not self._repeats(index, x):
+        if len(self.indices.shape(x)) != 2 or len(self.indices.shape(node)) != 2:
+            return None
+        if name(node) == "gather" and not self._repeats(index, x):
             return None
         if isinstance(taken, Token):
             return self._checked(node, Tokens(x, taken.order, taken.top_k, "md"))
@@ -228,7 +238,7 @@ class Rows:
         """``node`` as one number a row, ``rows`` of them; raises RoutingWeights."""
         self.indices.intact(node, time)
         at = self.memory.position[node]
-        if self.passes(node) and name(node) != "detach" and not _narrows(node) and self._rows_below(node, rows):
+        if self.passes(node) and not self.stops(node) and not _narrows(node) and self._rows_below(node, rows):
             inner = self.own(arg(node, 0), at, rows)
             return replace(inner, labels=self.relabel(node, inner.labels))
         if name(node) == "masked_fill":
@@ -241,7 +251,7 @@ class Rows:
             self.through(node)
             inner = self.own(arg(node, 0), at, rows)
             before, after = (None, taken.order) if isinstance(taken, Perm) else (taken.order, None)
-            if inner.order is not before or inner.labels not in ("m", "m1"):
+            if inner.order is not before or inner.labels not in ("m", "m1") or len(self.indices.shape(index)) != 1:
                 raise RoutingWeights("routing weights are permuted by another order than their own", node)
             return replace(inner, order=after)
         return Own(node, None, self._flat_labels(node, rows))
@@ -281,7 +291,7 @@ class Rows:
         if not isinstance(ids, Ids) or ids.most is not None and any(ids.most < e - 1 for e in experts):
             raise ExpertWeights(f"`{node.name}` is not indexed by expert", node)
         rest = len(self.indices.shape(base)) - 1
-        return Table(base, ids.source, ids.order, self.row_labels(index) + "d" * rest)
+        return Table(base, ids.source, ids.order, self.row_labels(index) + "d" * rest, ids.most is not None)
 
 
 def sums_choices(node: fx.Node, labels: str) -> str:

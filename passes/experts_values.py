@@ -88,8 +88,9 @@ class IsExpert:
 
 @dataclass(frozen=True)
 class Outside:
-    """Whether the row's id is ``groups`` or more: a row of no expert."""
+    """Whether the row's id is ``groups`` or more: a row of no expert if there are no more experts than that."""
 
+    source: fx.Node
     order: Order
     groups: int
 
@@ -128,8 +129,14 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def sizes_of(graph: fx.Graph) -> list[Sizes]:
-    """The size assignments of a graph, with numbers for sizes that are known at run time only (rows of an expert)."""
-    found = assignments(graph)
+    """The size assignments of a graph, with numbers for sizes that are known at run time only (rows of an expert).
+
+    Empty if the graph's guards allow none that a proof could be tried at.
+    """
+    try:
+        found = assignments(graph)
+    except ValueError:
+        return []
     symbols: set[Any] = set()
     for node in graph.nodes:
         value = node.meta.get("val")
@@ -203,9 +210,10 @@ class Indices:
 
     def below(self, source: fx.Node, groups: int) -> bool:
         """True if the ids are proved to be less than ``groups``: they number the last dimension of a tensor."""
-        if name(source) == "getitem" and name(source.args[0]) in ("topk", "sort", "max") and source.args[1] == 1:
-            chosen = source.args[0].args[0]
-            return all(s <= groups for s in self.shape(chosen)[-1])
+        if name(source) == "getitem" and name(arg(source, 0)) == "topk" and arg(source, 1) == 1:
+            shape = self.shape(arg(arg(source, 0), 0))
+            last = option(arg(source, 0), 2, "dim", -1) % len(shape) == len(shape) - 1
+            return last and all(s <= groups for s in shape[-1])
         if name(source) in ("clamp", "clamp_max"):
             most = _bounds(source)[1]
             return most is not None and most < groups
@@ -379,7 +387,7 @@ class Indices:
         ids, bound = self.ids(arg(node, 0), at), arg(node, 1)
         if ids is None or ids.most is not None or not isinstance(bound, int):
             return None
-        return Outside(ids.order, bound + (name(node) == "gt"))
+        return Outside(ids.source, ids.order, bound + (name(node) == "gt"))
 
     def repeated(self, node: fx.Node, at: int) -> Meaning | None:
         """Each token's number K times."""

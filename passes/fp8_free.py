@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dscompile.passes.fp8_prepared import Prepared, copy_of
 from dscompile.passes.fp8_roles import live_nodes
@@ -60,6 +61,21 @@ def run(prepared: Prepared) -> PassRecord:
     kept = len(candidates) - len(freed)
     note = f"{given / 2**20:.1f} MiB of {len(freed)} weights given back" + (f", {kept} kept" if kept else "")
     return PassRecord(NAME, note=note)
+
+
+def check(module: fx.GraphModule, inputs: Sequence[object]) -> None:
+    """Raises WeightFreed if a graph reads a weight that was given back: no copy of it has the form needed there."""
+    live = live_nodes(module.graph)
+    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        if not isinstance(value, nn.Parameter) or type(value) is not nn.Parameter:
+            continue
+        empty = value.layout is torch.strided and value.numel() and not value.untyped_storage().nbytes()
+        if empty and live & set(node.users):
+            raise WeightFreed(
+                f"`{node.name}` {list(value.shape)} is read by a graph that has no FP8 copy of it, and was given back "
+                'for another one (options={"fp8_free": True}). Compile all graphs of a model with the same options, or '
+                "load the model again."
+            )
 
 
 def _modules(candidates: dict[int, torch.Tensor]) -> tuple[dict[int, list[tuple[nn.Module, str]]], Counter[int]]:

@@ -53,6 +53,8 @@ def copy_of(name: str, make: Make, sources: Sequence[torch.Tensor]) -> Copy:
     copies = _COPIES.setdefault(first, {})
     key = (name, *map(id, others))
     copy = copies.get(key)
+    if copy is None and any(source.numel() and not source.untyped_storage().nbytes() for source in sources):
+        raise RuntimeError(f"{name}: the weight {list(first.shape)} was given back, and has no copy of this form")
     if copy is None or any(ref() is not other for ref, other in zip(copy.others, others, strict=True)):
         copy = Copy(tuple(map(weakref.ref, others)), _stamps(sources), _make(make, sources))
         copies[key] = copy

@@ -29,6 +29,7 @@ from dscompile.passes import (
 )
 from dscompile.passes.bind import Bindings
 from dscompile.passes.experts_bind import Written
+from dscompile.passes.experts_values import sizes_of
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.fp8_roles import up_projections
 from dscompile.passes.record import PassRecord, Site
@@ -130,19 +131,20 @@ def _run(
     outcome.records.append(PassRecord("shadow", seconds=time.perf_counter() - start))
     observe("shadow", "after", shadow.module)
 
+    sizes = sizes_of(shadow.graph)
     prepared = outcome.prepared = Prepared(module, inputs)
     bound: list[Bindings] = []
     layers: list[Written] = []  # expert layers and routers
     ids: list[fx.Node] = []  # of the expert layers, for their routers
 
     def experts() -> PassRecord:
-        record, written, found = recognize_experts.run(shadow, training, prepared)
+        record, written, found = recognize_experts.run(shadow, sizes, training, prepared)
         layers.extend(written)
         ids.extend(found)
         return record
 
     def routers() -> PassRecord:
-        record, written = recognize_router.run(shadow, training, ids)
+        record, written = recognize_router.run(shadow, sizes, training, ids)
         layers.extend(written)
         return record
 

@@ -1,8 +1,8 @@
 """quantize_weights: linear layers and experts of a 16-bit model in block-scaled FP8, by ``options={"fp8": "block"}``.
 
-Before:  y = x W^T                                   After:  y = fp8_linear(*quantize_1x128(x), W8, scales of W8)
-Before:  y = down(silu(gate(x)) * up(x))             After:  one fp8_linear of gate and up, silu_mul_quantize_1x128, down
-Before:  y = experts(x, ids, weights, W1, W2)        After:  y = fp8_experts(x, ids, weights, W1_8, s1, W2_8, s2)
+Before:  y = x W^T                               After:  y = fp8_linear(*quantize_1x128(x), W8, scales of W8)
+Before:  y = down(silu(gate(x)) * up(x))         After:  fp8_linear of both, silu_mul_quantize_1x128, fp8_linear
+Before:  y = experts(x, ids, weights, W1, W2)    After:  y = fp8_experts(x, ids, weights, W1_8, s1, W2_8, s2)
 
 *Changes rounding*: weights and rows are rounded to e4m3 with a scale for each block of 128 x 128 and 1 x 128. So it
 runs only when it is asked for by name, and each site reports what it costs: the relative error of the weight, and that
@@ -57,11 +57,14 @@ Written = tuple[fx.Node, list[fx.Node]]  # what replaces a node, and the weights
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] or [E, N, K] -> e4m3 values and float32 scales [..., ceil(N/128), ceil(K/128)], a matrix at a time."""
-    if weight.dim() == 3:
-        values, scales = zip(*(quantize_weight(matrix) for matrix in weight), strict=True)
-        return torch.stack(values), torch.stack(scales)
-    N, K = weight.shape
+    *lead, N, K = weight.shape
     rows, columns = -(-N // BLOCK), -(-K // BLOCK)
+    if lead:  # float32 of all experts at once would be four times what is stored
+        values = weight.new_empty(weight.shape, dtype=FP8)
+        scale = weight.new_empty(*lead, rows, columns, dtype=torch.float32)
+        for e, matrix in enumerate(weight):
+            values[e], scale[e] = quantize_weight(matrix)
+        return values, scale
     wide = torch.nn.functional.pad(weight.float(), (0, columns * BLOCK - K, 0, rows * BLOCK - N))
     blocks = wide.view(rows, BLOCK, columns, BLOCK)
     scale = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp_min(SMALLEST_SCALE)

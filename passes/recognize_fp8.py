@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
+from torch.nn.functional import ScalingType
 
 from dscompile.lowering import select
 from dscompile.lowering.block_scales import BLOCK, FP8
@@ -37,8 +38,9 @@ aten = torch.ops.aten
 NAME = "recognize_fp8"
 KINDS = {"fp8_linear": "fp8_linear", "fp8_grouped_linear": "fp8_experts", "fp8_experts": "fp8_experts"}
 
-# torch.nn.functional.ScalingType
-_TENSOR_WISE, _ROW_1X128, _BLOCK_128X128 = 0, 4, 5
+_TENSOR_WISE, _ROW_1X128, _BLOCK_128X128 = (
+    int(kind.value) for kind in (ScalingType.TensorWise, ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
+)
 
 
 def operator_name(node: fx.Node) -> str:

@@ -19,8 +19,8 @@ from torch import fx
 
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Binding, Place, Written, write
-from dscompile.passes.experts_values import Indices, arg, name, sizes_of
-from dscompile.passes.graph import module_path, source_line
+from dscompile.passes.experts_values import Indices, arg, name
+from dscompile.passes.graph import Sizes, module_path, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_experts import refused
 from dscompile.passes.record import PassRecord, Site
@@ -65,15 +65,15 @@ class Plan:
         return node, list(zip((self.idx, self.weight), results, strict=True))
 
 
-def run(shadow: Shadow, training: bool, ids: list[fx.Node]) -> tuple[PassRecord, list[Written]]:
+def run(shadow: Shadow, sizes: list[Sizes], training: bool, ids: list[fx.Node]) -> tuple[PassRecord, list[Written]]:
     """Rewrites every provable router; ``ids`` are those of the expert layers, whose routers are reported if refused."""
     record = PassRecord(NAME)
     written: list[Written] = []
-    if training:
-        record.note = "training keeps the model's own routers"
+    if training or not sizes:
+        record.note = "training keeps the model's own routers" if training else "as for the expert layers"
         return record, written
     memory = Memory(shadow.graph)
-    reader, binding = RouterReader(Indices(memory, sizes_of(shadow.graph))), Binding(shadow, memory)
+    reader, binding = RouterReader(Indices(memory, sizes)), Binding(shadow, memory)
     plans: dict[fx.Node, list[tuple[Plan, fx.Node, Site]]] = defaultdict(list)
     for topk in [node for node in shadow.graph.nodes if name(node) == "topk"]:
         try:

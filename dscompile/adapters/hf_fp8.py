@@ -11,6 +11,7 @@ kernels that transformers can load itself are not replaced. After tracing, each 
 |---|---|---|---|
 | `load_finegrained_fp8_kernel()` -> `FineGrainedFP8(matmul, batched_matmul, grouped_matmul)` | yes | yes | yes |
 | `ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm" / "batched_mm"]` | yes | yes | yes |
+| `is_deepgemm_loadable()`, asked before that | no | yes | yes |
 | an autograd function around both where the input needs a gradient | no | no | yes, left alone |
 
 The loading function is replaced, not the bundle it keeps in a global: called under Dynamo, it leaves a node in the
@@ -36,6 +37,7 @@ BLOCK = 128
 _FIELDS = ("matmul", "batched_matmul", "grouped_matmul")
 _EXPERTS = ("grouped_mm", "batched_mm")
 _LOADER = "load_finegrained_fp8_kernel"
+_ASKED_FIRST = "is_deepgemm_loadable"  # since 5.17: linear layers prefer another kernel of the hub where it says yes
 
 _watching = False
 _enabled = True
@@ -52,10 +54,17 @@ def watch() -> None:
 
 
 def _on_compile_start(_: Any) -> None:
+    global _enabled
     module = sys.modules.get(MODULE)
     # Loaded half: another thread may be importing it.
     if _enabled and not _replaced and module is not None and hasattr(module, "ALL_FP8_EXPERTS_FUNCTIONS"):
-        _install(module, replace=False)
+        try:
+            _install(module, replace=False)
+        except Exception as error:  # this runs in every compilation, also of models that have nothing to do with it
+            _enabled = False
+            log.warning(
+                "dsinfra: FP8 modules of transformers are left as they are: %s: %s", type(error).__name__, error
+            )
 
 
 def install(replace: bool = False) -> bool:
@@ -78,9 +87,10 @@ def uninstall() -> None:
     module = sys.modules.get(MODULE)
     if not _replaced or module is None:
         return
-    setattr(module, _LOADER, _replaced.pop(_LOADER))
     for name, before in _replaced.items():
-        if before is None:
+        if name not in _EXPERTS:
+            setattr(module, name, before)
+        elif before is None:
             del module.ALL_FP8_EXPERTS_FUNCTIONS[name]
         else:
             module.ALL_FP8_EXPERTS_FUNCTIONS[name] = before
@@ -99,8 +109,10 @@ def _install(module: ModuleType, replace: bool) -> bool:
     import dscompile.lowering.ops  # noqa: F401  (registers the operators)
 
     bundle = module.FineGrainedFP8(matmul, batched_matmul, grouped_matmul)
-    _replaced[_LOADER] = getattr(module, _LOADER)
-    setattr(module, _LOADER, lambda: bundle)
+    for name, ours in ((_LOADER, lambda: bundle), (_ASKED_FIRST, lambda *_, **__: False)):
+        if hasattr(module, name):
+            _replaced[name] = getattr(module, name)
+            setattr(module, name, ours)
     silu = (torch.nn.SiLU, type(ACT2FN["silu"]))
     functions = module.ALL_FP8_EXPERTS_FUNCTIONS
     for name in _EXPERTS:

@@ -64,13 +64,25 @@ def test_kernels_that_transformers_can_load_are_not_replaced(monkeypatch) -> Non
     monkeypatch.setattr(theirs, "is_kernels_available", lambda: True)
     assert not hf_fp8.install()
     assert theirs.load_finegrained_fp8_kernel is loader
+    monkeypatch.setattr(theirs, "is_deepgemm_loadable", lambda: True, raising=False)
     assert hf_fp8.install(replace=True)
+    assert not theirs.is_deepgemm_loadable(), "asked first by every linear layer"
+    assert theirs.load_finegrained_fp8_kernel().matmul is hf_fp8.matmul
+    hf_fp8.uninstall()  # before monkeypatch takes back what this returns
+    assert theirs.is_deepgemm_loadable()
 
 
 def test_an_unknown_seam_is_left_alone(monkeypatch) -> None:
     monkeypatch.setattr(theirs, "FineGrainedFP8", object)
     assert "fields" in hf_fp8.unsupported(theirs)
     assert not hf_fp8.install()
+
+
+def test_a_fault_of_ours_stops_no_compilation(monkeypatch) -> None:
+    hf_fp8._enabled = True
+    monkeypatch.setattr(hf_fp8, "unsupported", lambda module: 1 / 0)
+    assert compile_module(torch.nn.Linear(4, 4))(torch.randn(2, 4)).shape == (2, 4)
+    assert not hf_fp8._replaced
 
 
 def test_the_backend_puts_it_in_place_before_the_first_trace() -> None:

@@ -54,7 +54,8 @@ def test_gluon_instructions(facts: dict) -> None:
         wide = 128 if dtype == "fp8" else bn
         kind = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "fp8": "k32.f32.e4m3.e4m3"}[dtype]
         assert set(fact["wgmma"]) == {f"m64n{wide}{kind}"}, key
-        assert len(fact["wgmma"]) == 4 * bn // wide * bm // 64, key
+        series = bn // wide if dtype == "fp8" else 2  # 16 bits: the first step is written out ahead of the loop
+        assert len(fact["wgmma"]) == 4 * series * bm // 64, key
         assert fact["tma_loads"] >= 2 and fact["tma_stores"] >= bm // 64, key
         assert fact["warnings"] == [], key
 

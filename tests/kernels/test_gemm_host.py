@@ -201,3 +201,24 @@ def test_nothing_to_compute(shape: tuple[int, int], on_hopper: object) -> None:
     rows, k = shape
     y = gemm.linear(torch.ones(rows, k, dtype=BF16), torch.ones(16, k, dtype=BF16))
     assert y.shape == (rows, 16) and not y.any()
+
+
+def test_a_choice_is_made_once_for_calls_alike(on_hopper: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(gemm, "_chosen", {})
+    monkeypatch.setattr(gemm, "_choose", lambda request, rows: asked.append(rows) or GemmPlan("triton"))
+    monkeypatch.setattr(gemm._Request, "run", lambda request, plan: plan.impl)
+    x, w = torch.zeros(8, 64, dtype=BF16), torch.zeros(16, 64, dtype=BF16)
+    for rows in (8, 8, 4, 8, 4):
+        assert gemm.linear(x[:rows], w) == "triton"
+    assert asked == [8, 4]
+    gemm.linear(x.half(), w.half())
+    gemm.linear(x[:, 4:], w[:, 4:].contiguous())  # as aligned as nothing before
+    assert asked == [8, 4, 8, 8]
+
+
+def test_checked_arguments_are_not_checked_again(on_hopper: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "check", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(gemm._Request, "run", lambda request, plan: plan.impl)
+    x, w = torch.zeros(8, 64, dtype=BF16), torch.zeros(16, 64, dtype=BF16)
+    assert gemm.linear(x, w, plan=gluon_plan(128, 128, BF16), checked=True) == "gluon"

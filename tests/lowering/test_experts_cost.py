@@ -26,7 +26,7 @@ def test_one_token_reads_its_experts_weights():
 def test_many_tokens_cost_their_products():
     cost = h.experts_cost(65536, **V3)
     products = cost.flops / h.H100.gemm
-    assert products < cost.seconds < 1.35 * products
+    assert 1.5 * products < cost.seconds < 1.8 * products
 
 
 @pytest.mark.parametrize("card", [h.H100, h.H200, h.A100, h.DEFAULT, h.CPU], ids=lambda card: card.name)
@@ -42,7 +42,26 @@ def test_fp8_halves_weights_and_products():
         wide, fp8 = h.experts_cost(T, **V3), h.experts_cost(T, **V3, weight_bytes=1)
         assert 0.45 < fp8.seconds / wide.seconds < 0.75
     no_fp8_units = h.experts_cost(65536, **V3, weight_bytes=1, card=h.A100)
-    assert no_fp8_units.seconds > 0.9 * no_fp8_units.flops / h.A100.gemm
+    assert no_fp8_units.seconds > no_fp8_units.flops / h.A100.gemm
+
+
+# microseconds measured on one H100 80GB HBM3 (torch 2.11.0+cu130, triton 3.6.0), fused, bf16, in a CUDA graph
+@pytest.mark.parametrize(
+    ("sizes", "T", "measured"),
+    [
+        ((2048, 768, 128, 8), 1, 37),
+        ((2048, 768, 128, 8), 16, 297),
+        ((2048, 768, 128, 8), 128, 425),
+        ((7168, 2048, 64, 8), 1, 244),
+        ((7168, 2048, 64, 8), 16, 1622),
+        ((7168, 2048, 64, 8), 128, 1902),
+    ],
+    ids=str,
+)
+def test_decode_is_predicted(sizes, T, measured):
+    """Within a fifth, and 15 us of launches and latencies that a roofline doesn't know."""
+    predicted = h.experts_cost(T, *sizes).seconds * 1e6
+    assert 0.8 * measured - 15 < predicted < 1.2 * measured
 
 
 def test_says_what_it_is_made_of():

@@ -115,3 +115,29 @@ def test_without_a_device_no_kernel_is_promised(monkeypatch):
     chosen, skipped = select.choose("grouped_linear", args)
     assert chosen.name == "reference"
     assert {reason for _, reason in skipped} == {"no CUDA device is present, so its limits can't be asked"}
+
+
+def test_answers_are_remembered_by_metadata_and_alignment():
+    """Asked once for each layout of real tensors, always for traced ones."""
+    asked = []
+    ask = grouped.remembered(lambda *args: asked.append(args) or select.YES)
+    x = torch.zeros(8, 64)
+    for same in (x, torch.ones(8, 64)):
+        assert ask("impl", same, None, 1.0)
+    assert len(asked) == 1
+    for other in (
+        x[:4],
+        x[:, :32],
+        x.half(),
+        x.t(),
+        torch.zeros(8 * 64 + 1)[1:].view(8, 64),
+        torch.nn.Parameter(x[:3]),
+    ):
+        ask("impl", other, None, 1.0)
+    ask("other", x, None, 1.0)
+    ask("impl", x, x, 1.0)
+    assert len(asked) == 9
+    fake = FakeTensorMode().from_tensor(x)
+    ask("impl", fake, None, 1.0)
+    ask("impl", fake, None, 1.0)
+    assert len(asked) == 11

@@ -122,6 +122,31 @@ def test_lengths(over: str) -> None:
     assert len(reports) == 1 and only(reports).matched
 
 
+class Zero(nn.Module):
+    """An expert that returns its tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class WithZeros(Loop):
+    """The last two of six experts return their tokens, as LongCat's do."""
+
+    def __init__(self, over: str, first: bool = False):
+        super().__init__(over)
+        self.router = nn.Linear(D, E + 2, bias=False)
+        zeros, own = [Zero(), Zero()], list(self.experts)
+        self.experts = nn.ModuleList(zeros + own if first else own + zeros)
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_experts_that_return_their_tokens(over: str) -> None:
+    reports = same_as_eager(toy(partial(WithZeros, over)), (randn(2, 6, D),))
+    assert "E 4 and 2 that return their tokens" in only(reports).form
+    assert reports[0].op_counts == {"experts": 1, "route": 1}
+    assert only(same_as_eager(toy(partial(WithZeros, over, True)))).refusal == "ExpertActivation"
+
+
 # ------------------------------------------------------------------ near misses
 
 

@@ -58,6 +58,28 @@ class Dropped(ToyExperts):
         return super().combine(z.masked_fill((perm >= 6).unsqueeze(-1), 0.0), weight_TK, perm, x)
 
 
+class MaskedExperts(ToyExperts):
+    """Rows of two real experts are masked as if they were rows of none."""
+
+    def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+        return super().combine(z.masked_fill((self.ids >= 3).unsqueeze(-1), 0.0), weight_TK, perm, x)
+
+    def mlp(self, rows, product, ids):  # type: ignore[no-untyped-def]
+        self.ids = ids
+        return super().mlp(rows, product, ids)
+
+
+class MaskedByOthers(ToyExperts):
+    """Rows are masked by the ids of another routing."""
+
+    def __init__(self) -> None:
+        super().__init__(Layer(products="batched"))
+
+    def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+        others = torch.arange(z.shape[0]) % 7
+        return super().combine(z.masked_fill((others >= self.E).unsqueeze(-1), 0.0), weight_TK, perm, x)
+
+
 class Rolled(ToyExperts):
     """Tokens are gathered one place off."""
 
@@ -266,6 +288,8 @@ NEAR_MISSES: dict[type[ToyExperts], str] = {
     Capacity: "GroupEnds",
     WideBins: "GroupEnds",
     Dropped: "CombineForm",
+    MaskedExperts: "CombineForm",
+    MaskedByOthers: "CombineForm",
     Rolled: "RowsNotTokens",
     ScaledRows: "RoutingWeights",
     ScaledHidden: "ExpertActivation",
