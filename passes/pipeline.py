@@ -188,8 +188,9 @@ def _is_anchor(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """A product by expert, grouped or batched, or the addition of one expert's rows."""
-    return node.op in ("call_function", "call_method") and _name(node) in (*_GROUPED, "bmm", "index_add", "index_add_")
+    """A product by expert, grouped or batched, the addition of one expert's rows, or a question who was hit."""
+    names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
+    return node.op in ("call_function", "call_method") and _name(node) in names
 
 
 def _name(node: fx.Node) -> str:

@@ -32,7 +32,7 @@ from dscompile.passes.experts_loop import Loop, Loops
 from dscompile.passes.experts_mlp import ARITHMETIC, Products, Reader
 from dscompile.passes.experts_plan import LoopPlan, Match, Plan
 from dscompile.passes.experts_rows import Rows
-from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, name, readers
+from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, arg, name, readers
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.graph import Sizes, is_tensor, module_path, source_line
 from dscompile.passes.memory import Memory
@@ -59,6 +59,15 @@ class Recognizer:
         loops = Loops(self.rows)
         for ids, masks in loops.find(graph):
             yield masks[min(masks)], partial(loops.prove, ids, masks)
+
+    def broken_loops(self, graph: fx.Graph) -> Iterator[fx.Node]:
+        """Where a graph ends with the question which experts were hit: ``one_hot(idx).sum(..) > 0`` is its result."""
+        for node in graph.nodes:
+            if name(node) in ("greater", "gt", "ne") and node.meta.get("dsinfra_returned"):
+                while name(node) in ("greater", "gt", "ne", "sum", "permute", "transpose"):
+                    node = arg(node, 0)
+                if name(node) == "one_hot":
+                    yield node
 
     def second_products(self, graph: fx.Graph) -> list[fx.Node]:
         """Products by expert whose rows come from another one, and those that feed none: all but the first of pairs."""
@@ -139,6 +148,9 @@ def run(
             record.sites.append(refused(anchor, refusal))
         except Exception as error:  # a fault of ours costs this site, not the others
             record.sites.append(refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}")))
+    for anchor in recognizer.broken_loops(shadow.graph):
+        found_loop = DataDependentLoop("a loop over the experts that were hit ends the graph here", anchor)
+        record.sites.append(refused(anchor, found_loop))
     for found in plans.values():
         (plan, anchor, _), sites = found[0], [site for *_, site in found]
         try:

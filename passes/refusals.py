@@ -177,6 +177,12 @@ class ExpertsApart(LayerRefusal):
     hint = "store the experts' weights as one parameter [experts, out, in]; then training is lowered too"
 
 
+class DataDependentLoop(LayerRefusal):
+    """A loop over the experts that were hit: which, only the data says, so that the graph ends in front of it."""
+
+    hint = "ask for products by expert, in transformers with experts_implementation='grouped_mm'"
+
+
 class RoutingWeights(LayerRefusal):
     """Routing weights do not multiply the result of the down projection, each row by its own."""
 

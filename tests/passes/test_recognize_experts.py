@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dscompile.passes import experts_joined, refusals
 from tests.passes.toy import compile_passes, randn, same_as_eager, stack
+from tests.zoo import hf
 from tests.zoo.expert_near_misses import NEAR_MISSES, Dropout, Returned
 from tests.zoo.experts import Layer, ToyExperts, grouped_mm
 
@@ -337,6 +338,16 @@ def test_views_without_gradients_are_kept() -> None:
     assert report.op_counts.get("experts") == 1
 
 
+def test_a_loop_over_experts_that_were_hit() -> None:
+    """Transformers' own loop: Dynamo ends the graph at the question which experts were hit. The hint says what to do."""
+    module, x = hf.build_model("deepseek_v3", experts="eager").model.layers[-1].mlp, randn(2, 5, 128).float()
+    compiled, reports = compile_passes(module)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
+    site = only(reports)
+    assert site.refusal == "DataDependentLoop" and "grouped_mm" in site.hint and ".py:" in site.source
+
+
 def test_every_refusal_is_covered() -> None:
     from tests.passes import test_experts_loop, test_recognize_router
 
@@ -344,5 +355,11 @@ def test_every_refusal_is_covered() -> None:
     named |= {r for _, r in test_recognize_router.REFUSED.values()}
     covered = {word for names in named for word in names.split("|")}
     found = [c for c in vars(refusals).values() if isinstance(c, type) and issubclass(c, refusals.LayerRefusal)]
-    here = {"LayerRefusal", "SeparateGateUp", "ExpertsApart", "ExpertDropout"}  # each has a test of its own
+    here = {
+        "LayerRefusal",
+        "SeparateGateUp",
+        "ExpertsApart",
+        "ExpertDropout",
+        "DataDependentLoop",
+    }  # each has a test of its own
     assert {c.__name__ for c in found} - covered == here
