@@ -23,14 +23,7 @@ def quantize_tile(x):
     largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)  # as integers, NaN is the largest of all
     scale = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))
     scale = tl.where(scale < 1.17549435e-38, 1.17549435e-38, scale)
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    # A quotient is corrected by its exact remainder, which makes it the rounded one: a third of a division's work. What
-    # it is in excess of x is taken, not what it lacks: of -0 that is +0, and -0 stays.
-    # An infinite scale has no remainder: 0 * inf would turn the quotients 0 into NaN.
-    divisor = tl.where(scale == float("inf"), 0.0, scale)
-    quotient = x * inverse[:, None]
-    excess = tl.fma(quotient, tl.broadcast_to(divisor[:, None], x.shape), -x)
-    quotient = tl.fma(-excess, tl.broadcast_to(inverse[:, None], x.shape), quotient)
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     return quotient.to(tl.float8e4nv), scale
 
 

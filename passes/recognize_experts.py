@@ -37,7 +37,14 @@ from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.graph import Sizes, is_tensor, module_path, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
-from dscompile.passes.refusals import CombineForm, IntermediateUsed, Refusal, UnboundValue, Unsupported
+from dscompile.passes.refusals import (
+    CombineForm,
+    DataDependentLoop,
+    IntermediateUsed,
+    Refusal,
+    UnboundValue,
+    Unsupported,
+)
 from dscompile.passes.shadow import Shadow
 
 aten = torch.ops.aten
@@ -149,8 +156,8 @@ def run(
         except Exception as error:  # a fault of ours costs this site, not the others
             record.sites.append(refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}")))
     for anchor in recognizer.broken_loops(shadow.graph):
-        found_loop = DataDependentLoop("a loop over the experts that were hit ends the graph here", anchor)
-        record.sites.append(refused(anchor, found_loop))
+        broken = DataDependentLoop("a loop over the experts that were hit ends the graph here", anchor)
+        record.sites.append(refused(anchor, broken))
     for found in plans.values():
         (plan, anchor, _), sites = found[0], [site for *_, site in found]
         try:

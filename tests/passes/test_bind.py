@@ -561,7 +561,8 @@ def test_autocast(region: str, train: bool) -> None:
                 torch.autograd.grad(y.double().square().sum(), [weights.q.weight, weights.b.weight]) if train else ()
             )
         results.append([y.detach(), *grads])
-    assert only_site(reports).matched
+    # A product in float32 in front of an attention in bfloat16 would become one in bfloat16.
+    assert only_site(reports).refusal == ("NarrowedPrecision" if region == "attention" else "")
     exact, eager, found = results
     for e, ours, true in zip(eager, found, exact):
         assert ours.dtype is e.dtype and _error(ours, true) <= 2 * _error(e, true)

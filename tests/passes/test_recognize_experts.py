@@ -339,7 +339,7 @@ def test_views_without_gradients_are_kept() -> None:
 
 
 def test_a_loop_over_experts_that_were_hit() -> None:
-    """Transformers' own loop: Dynamo ends the graph at the question which experts were hit. The hint says what to do."""
+    """Transformers' own loop: Dynamo ends the graph at the question which experts were hit."""
     module, x = hf.build_model("deepseek_v3", experts="eager").model.layers[-1].mlp, randn(2, 5, 128).float()
     compiled, reports = compile_passes(module)
     with torch.no_grad():
