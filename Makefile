@@ -50,8 +50,10 @@ format: $(READY)
 types: $(READY)
 	@$(call optional,mypy) $(PY) -m mypy
 
+# Two processes of one thread each; a file's tests stay in one, as they share what they compile.
 pytest: $(READY) $(OTHERS)
-	$(PY) -m pytest -q
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q \
+	  $$($(PY) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadfile)
 
 tables: $(READY)
 	$(PY) -m bench.table

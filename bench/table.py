@@ -22,15 +22,18 @@ def speed_up(row: Row) -> float | None:
 
 def render(name: str, rows: list[Row]) -> str:
     """A Markdown table of one benchmark, with the cards, versions, commits and command under it."""
-    lines = ["| case | ours, us | anchor | anchor, us | speed-up |", "|---|---:|---|---:|---:|"]
+    origins = dict.fromkeys(
+        f"{r['card']}, torch {r['torch']}, triton {r['triton']}, commit {r['commit']}, {r['date']}" for r in rows
+    )
+    several = len({row["commit"] for row in rows}) > 1
+    lines = ["| case | ours, us | anchor | anchor, us | speed-up |" + (" commit |" if several else "")]
+    lines += ["|---|---:|---|---:|---:|" + ("---|" if several else "")]
     for row in rows:
         ratio = speed_up(row)
         anchor, anchor_us = (row["anchor"], f"{row['anchor_us']:,.1f}") if ratio is not None else ("none", "")
         times = f"{ratio:.2f}" if ratio is not None else ""
-        lines.append(f"| {row['case']} | {row['us']:,.1f} | {anchor} | {anchor_us} | {times} |")
-    origins = dict.fromkeys(
-        f"{r['card']}, torch {r['torch']}, triton {r['triton']}, commit {r['commit']}, {r['date']}" for r in rows
-    )
+        line = f"| {row['case']} | {row['us']:,.1f} | {anchor} | {anchor_us} | {times} |"
+        lines.append(line + (f" {row['commit']} |" if several else ""))
     lines += ["", f"{'; '.join(origins)}. `dscompile bench {name}`"]
     return "\n".join(lines) + "\n"
 

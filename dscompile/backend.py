@@ -91,7 +91,7 @@ def _analyse(
     if config.strict and refused:
         first = refused[0]
         raise StrictRefusal(
-            f"{len(refused)} of {len(report.sites)} attentions can't be lowered. First: {first.module_path or '(top)'} "
+            f"{len(refused)} of {len(report.sites)} sites can't be lowered. First: {first.module_path or '(top)'} "
             f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ")
             + "."
         )

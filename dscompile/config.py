@@ -25,7 +25,7 @@ class Config:
 
     mode: str | None = None  #: Inductor's mode; here because torch.compile takes mode or options, never both.
     inner: str = "inductor"  #: What compiles the rewritten graph: inductor, aot_eager (no code generation), eager.
-    strict: bool = False  #: Raise where an attention would be left to Inductor or the analysis fails.
+    strict: bool = False  #: Raise where a recognised site would be left to Inductor or the analysis fails.
     dump: str | None = None  #: Directory for graphs before and after each pass, differences and the record as JSON.
     enable: bool = True  #: False compiles with Inductor alone, to compare.
     fp8: str | None = None  #: "block" computes 16-bit linear layers and experts in block-scaled FP8 (inference only).

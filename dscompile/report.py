@@ -128,7 +128,7 @@ def table(graphs: list[CompileReport]) -> str:
         for key, sites in _grouped(graph.sites).items():
             lines.extend(_entry(key, sites))
         if not graph.sites:
-            lines.append("  no attention found")
+            lines.append("  no attention, expert layer or FP8 layer found")
         blocks.append("\n".join(lines))
     return "\n".join(blocks) if blocks else "nothing was compiled"
 
@@ -162,5 +162,5 @@ def summary(graphs: list[CompileReport]) -> str:
     """One line: how many sites were lowered and refused, and why."""
     sites = [s for g in graphs for s in g.sites]
     why = Counter(s.refusal for s in sites if not s.matched)
-    text = f"{sum(s.matched for s in sites)} of {len(sites)} attentions lowered"
+    text = f"{sum(s.matched for s in sites)} of {len(sites)} sites lowered"
     return text + (f"; refused: {', '.join(f'{n} x {r}' for r, n in why.items())}" if why else "")

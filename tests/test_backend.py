@@ -151,7 +151,7 @@ def refused() -> torch.nn.Module:
 def test_strict_raises_with_site_line_reason_and_hint() -> None:
     error = cause(lambda: compiled(refused(), strict=True)(randn(2, S, D)))
     assert isinstance(error, StrictRefusal)
-    for words in ("1 of 2 attentions", "layers.1", "tests/test_backend.py:", "NotBilinear", "tanh", "constant"):
+    for words in ("1 of 2 sites", "layers.1", "tests/test_backend.py:", "NotBilinear", "tanh", "constant"):
         assert words in str(error), error
 
 

@@ -180,7 +180,7 @@ def test_equal_layers_share_a_line() -> None:
 
 
 def test_explain_of_nothing() -> None:
-    assert "no attention found" in str(explain(lambda x: x + 1, randn(3)))
+    assert "no attention, expert layer or FP8 layer found" in str(explain(lambda x: x + 1, randn(3)))
     assert str(report.Explanation([])) == "nothing was compiled"
 
 
@@ -225,8 +225,8 @@ def site(**changes: Any) -> Site:
 
 def test_summary_counts_and_says_why() -> None:
     sites = [site(), site(matched=False, refusal="SoftmaxSink"), site(matched=False, refusal="SoftmaxSink")]
-    assert summary([CompileReport(sites=sites)]) == "1 of 3 attentions lowered; refused: 2 x SoftmaxSink"
-    assert summary([]) == "0 of 0 attentions lowered"
+    assert summary([CompileReport(sites=sites)]) == "1 of 3 sites lowered; refused: 2 x SoftmaxSink"
+    assert summary([]) == "0 of 0 sites lowered"
 
 
 def test_the_table_separates_what_differs() -> None:

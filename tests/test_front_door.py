@@ -90,7 +90,7 @@ def test_demo_compares_logits_until_the_texts_part() -> None:
 def test_explain_takes_a_function_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "toy.py").write_text(TOY)
     assert cli.main(["explain", f"{tmp_path}/toy.py:call"]) == 0
-    assert "no attention found" in capsys.readouterr().out
+    assert "no attention, expert layer or FP8 layer found" in capsys.readouterr().out
 
 
 def test_explain_takes_a_model_type_and_changes() -> None:
