@@ -55,7 +55,10 @@ def no_grad() -> Any:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"strickt": True}, ["'strickt'", "neither an option of dsinfra", "dump, enable, fp8, fp8_free, fp8_head, inner, mode, strict"]),
+        (
+            {"strickt": True},
+            ["'strickt'", "neither an option of dsinfra", "dump, enable, fp8, fp8_free, fp8_head, inner, mode, strict"],
+        ),
         ({"inner": "triton"}, ["options['inner'] is 'triton'", "inductor, aot_eager, eager"]),
         ({"mode": "fast"}, ["options['mode'] is 'fast'", "reduce-overhead"]),
         ({"strict": 1}, ["options['strict'] is 1", "True or False"]),
