@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a transformers model type (deepseek_v3), built small with random weights; or module:function or "
         "file.py:function, a function without arguments that returns (model, args, kwargs)",
     )
+    explain.add_argument("--train", action="store_true", help="as a step of training, not as inference")
     explain.add_argument("--decode", action="store_true", help="one token against a static cache, not a whole prompt")
     explain.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the configuration")
     explain.set_defaults(run=_explain)
@@ -74,7 +75,10 @@ def _explain(parsed: argparse.Namespace) -> int:
         from dscompile import demo
 
         model, args, kwargs = demo.example(parsed.target, _settings(parsed.set), decode=parsed.decode)
-    print(dscompile.explain(model, *args, **kwargs))
+    import torch
+
+    with torch.set_grad_enabled(parsed.train):
+        print(dscompile.explain(model, *args, **kwargs))
     return 0
 
 
