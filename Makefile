@@ -53,7 +53,7 @@ types: $(READY)
 # Two processes of one thread each; a file's tests stay in one, as they share what they compile.
 pytest: $(READY) $(OTHERS)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q \
-	  $$($(PY) -c 'import xdist' 2>/dev/null && echo -n 2 --dist loadfile)
+	  $$($(PY) -c 'import xdist; print("-n", 2, "--dist", "loadfile")' 2>/dev/null)
 
 tables: $(READY)
 	$(PY) -m bench.table
