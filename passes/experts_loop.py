@@ -25,7 +25,14 @@ from dscompile.passes.experts_mlp import ARITHMETIC, Hidden, Product, Products, 
 from dscompile.passes.experts_rows import Rows, Tokens
 from dscompile.passes.experts_values import CASTS, arg, dtype, name, option, readers
 from dscompile.passes.graph import is_tensor
-from dscompile.passes.refusals import CombineForm, ExpertActivation, ExpertWeights, RoutingWeights, RowsNotTokens
+from dscompile.passes.refusals import (
+    CombineForm,
+    ExpertActivation,
+    ExpertWeights,
+    NarrowedPrecision,
+    RoutingWeights,
+    RowsNotTokens,
+)
 
 LEAST = 2  # masks of one tensor that make a loop
 
@@ -172,6 +179,11 @@ class Loops:
             )
             if not same or other.tokens.x is not first.tokens.x:
                 raise ExpertActivation("experts of one loop differ in more than their weights", other.gate.product.node)
+        wide = dtype(first.tokens.x)
+        if torch.promote_types(dtype(out), wide) != wide:
+            raise NarrowedPrecision(f"the sum is made in {dtype(out)}, the operator rounds it to {wide}", out)
+        if any(self.indices.shape(arg(m, 0)) != self.indices.shape(ids) for m in masks.values()):
+            raise RowsNotTokens("experts are compared with ids of another shape", terms[0].after)
         if self.indices.shape(first.tokens.x)[0] != self.indices.shape(ids)[0]:
             raise RowsNotTokens("ids are not those of the tokens", first.tokens.x)
         roles = [[h.gate for _, h in networks]] + ([] if first.joint else [[h.up for _, h in networks]])
@@ -206,6 +218,7 @@ class Loops:
         added = [u for u in readers(rows) if name(u) == "index_add" and arg(u, 2) is rows] if rows is not None else []
         if rows is None or choices is None or len(added) != 1 or arg(added[0], 1) != 0:
             raise CombineForm("an expert's rows are not added to the tokens that they came from", where)
+        self.rows.through(added[0])
         if option(added[0], 4, "alpha", 1) != 1:
             raise CombineForm("an expert's rows are scaled as they are added", added[0])
         left, right = self.factors(arg(added[0], 3), added[0])
@@ -220,6 +233,7 @@ class Loops:
         node = self.behind(node, {"unsqueeze", "view", "reshape"})
         if name(node) != "index" or list(arg(node, 1)) != [rows, choices]:
             return None
+        self.rows.through(node)
         weight = self.behind(arg(node, 0), {"unsqueeze"})
         return weight if len(self.indices.shape(weight)) == 2 else None
 
@@ -272,6 +286,8 @@ class Loops:
         found = readers(node)
         if len(found) != 1:
             raise CombineForm(f"`{node.name}` of a loop over experts has {len(found)} readers", node)
+        if name(found[0]) not in CASTS or dtype(node).is_floating_point:  # a mask has no gradient to begin with
+            self.rows.through(found[0])
         self.indices.intact(node, self.memory.position[found[0]])
         return found[0]
 

@@ -306,6 +306,7 @@ class Reader:
         inner = self.columns(arg(made, 0), self.rows.memory.position[made])
         if inner is None:
             return None
+        self.rows.through(node)
         dim = int(option(made, 2, "dim", 0)) % len(inner.labels)
         if inner.labels[dim] != "d":
             return None

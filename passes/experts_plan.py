@@ -31,6 +31,7 @@ class Match:
     hidden: Hidden
     combined: Combined
     experts: int
+    wraps: bool = False  # ids below 0 count from the last expert
 
     @property
     def ids(self) -> fx.Node:
@@ -67,6 +68,7 @@ class Plan:
         activation = hidden.activation
         self.settings = (activation.kind, hidden.interleaved, activation.alpha, activation.limit)
         self.top_k = hidden.tokens.top_k
+        self.wrapped = match.experts if match.wraps else 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and vars(self) == vars(other)
@@ -75,6 +77,9 @@ class Plan:
         """The operator and what it replaces."""
         x, ids, weight = self.operands
         ids, weight = (_by_token(e, node, self.top_k) for node in (ids, weight))
+        if self.wrapped:
+            own = e.call(aten.add.Tensor, ids, self.wrapped)
+            ids = e.call(aten.where.self, e.call(aten.lt.Scalar, ids, 0), own, ids)
         gate_up, b_gate_up = self._first(e)
         down = _weight(e, self.down, self.down_swapped)
         y = e.call(

@@ -143,10 +143,13 @@ class Rows:
         return found
 
     def passes(self, node: fx.Node) -> bool:
-        """True for views, copies and casts between floating dtypes: one element in, the same element out."""
+        """True for views, copies and casts between floating dtypes: one element in, the same element out.
+
+        A cast to a byte is no rounding that may be left out, but a quantiser of the model.
+        """
         kind = name(node)
         if kind in CASTS:
-            return dtype(node).is_floating_point and dtype(arg(node, 0)).is_floating_point
+            return _is_wide(dtype(node)) and _is_wide(dtype(arg(node, 0)))
         return kind in VIEWS | COPIES
 
     def leaves_out(self, node: fx.Node, order: Order) -> bool:
@@ -310,3 +313,7 @@ def _narrows(node: fx.Node) -> bool:
     """True for a cast that rounds."""
     before, after = dtype(arg(node, 0)), dtype(node)
     return before != after and torch.promote_types(before, after) != after
+
+
+def _is_wide(kind: torch.dtype) -> bool:
+    return kind.is_floating_point and kind.itemsize > 1

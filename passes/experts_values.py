@@ -111,6 +111,8 @@ def name(node: object) -> str:
         return "getitem"
     if not isinstance(node.target, torch._ops.OpOverload):
         return ""
+    if node.target is torch.ops.aten.view.dtype:
+        return "view_dtype"  # other numbers in the same bits
     return node.target._schema.name.removeprefix("aten::").removesuffix("_")
 
 
@@ -188,12 +190,16 @@ class Indices:
         if node not in self._known:
             self._known[node] = None  # also what a cycle would read
             rule = _RULES.get(name(node))
-            self._known[node] = rule(self, node, self.memory.position[node]) if rule is not None else None
+            found = rule(self, node, self.memory.position[node]) if rule is not None else None
+            rounded = isinstance(found, PerExpert) and not _survives(found, dtype(node))
+            self._known[node] = None if rounded else found
         return self._known[node]
 
     def ids(self, node: object, time: int) -> Ids | None:
         """``node`` as expert ids: those of a known order, or any other integers, taken to be in flat order."""
         meaning = self.read(node, time)
+        if node in self._repeated:
+            return None
         if meaning is None and is_tensor(node) and _holds_integers(dtype(node)):
             return Ids(self.base(node), None)
         return meaning if isinstance(meaning, Ids) else None
@@ -219,6 +225,13 @@ class Indices:
             return most is not None and most < groups
         return False
 
+    def natural(self, source: fx.Node) -> bool:
+        """True if the ids are proved to be 0 or more."""
+        if name(source) == "clamp":
+            low = _bounds(source)[0]
+            return low is not None and low >= 0
+        return name(source) == "getitem" and name(arg(source, 0)) == "topk" and arg(source, 1) == 1
+
     # ---- rules, one an operator; ``at`` is when it reads its arguments
 
     def same(self, node: fx.Node, at: int) -> Meaning | None:
@@ -232,7 +245,7 @@ class Indices:
         if isinstance(meaning, (PerExpert, IsExpert)) and self.shape(node)[-1:] != self.shape(source)[-1:]:
             return None
         if self.count(node) != self.count(source) or source in self._repeated:
-            if self.shape(node)[0] != self.shape(source)[0]:
+            if self.shape(node)[:1] != self.shape(source)[:1] or len(self.shape(node)) != len(self.shape(source)):
                 return None
             self._repeated.add(node)
         return meaning
@@ -304,7 +317,7 @@ class Indices:
         ones = name(values) in ("ones", "ones_like", "new_ones", "full_like") and _filled_with(values) == 1
         if adds and ids is not None and ids.most is None and ones and self.zeros(arg(node, 0), at):
             groups = set(self.count(node))
-            return PerExpert(ids.source, groups.pop()) if len(groups) == 1 else None
+            return PerExpert(ids.source, groups.pop()) if len(groups) == 1 == len(self.shape(node)) else None
         return None
 
     def zeros(self, node: object, time: int) -> bool:
@@ -318,7 +331,8 @@ class Indices:
         ids = self.ids(self.integers(arg(node, 0), at), at)
         if ids is None or ids.most is not None or low != 0 or not isinstance(groups, int):
             return None
-        fits = high == groups - 1 or (high == groups and self.below(ids.source, groups))
+        below = self.below(ids.source, groups)
+        fits = high == groups - 1 and (high > 0 or below) or high == groups and below  # edges 0, 0: the ids' own
         return PerExpert(ids.source, groups) if fits else None
 
     def integers(self, node: object, at: int) -> object:
@@ -346,7 +360,7 @@ class Indices:
 
     def total(self, node: fx.Node, at: int) -> Meaning | None:
         """The sum of one-hot rows over every row."""
-        hot = self.read(arg(node, 0), at)
+        hot = None if arg(node, 0) in self._repeated else self.read(arg(node, 0), at)
         kept = self.shape(node)
         whole = isinstance(hot, IsExpert) and len(kept) == 1 and set(kept[0]) == {hot.groups}
         rank = len(self.shape(arg(node, 0)))
@@ -355,7 +369,7 @@ class Indices:
 
     def running(self, node: fx.Node, at: int) -> Meaning | None:
         counts = self.read(arg(node, 0), at)
-        if not isinstance(counts, PerExpert) or counts.ends or arg(node, 1) not in (0, -1):
+        if not isinstance(counts, PerExpert) or counts.ends or len(self.shape(node)) != 1:
             return None
         return replace(counts, ends=True) if _survives(counts, dtype(node)) else None
 
@@ -363,6 +377,7 @@ class Indices:
         ids, experts = self.read(arg(node, 0), at), self.read(arg(node, 1), at)
         right = node.kwargs.get("right") is True or node.kwargs.get("side") == "right"
         sorted_ = isinstance(ids, Ids) and ids.order is not None and ids.most is None
+        sorted_ = sorted_ and self.sorted_ids(ids.order).source is ids.source and node.kwargs.get("sorter") is None
         if not sorted_ or not right or not isinstance(experts, Arange) or len(set(experts.extent)) != 1:
             return None
         return PerExpert(ids.source, experts.extent[0], ends=True)
@@ -379,9 +394,12 @@ class Indices:
         low, most = _bounds(node)
         if ids is None or most is None or low not in (None, 0):
             return None
-        if self.below(ids.source, most + 1):
+        raises = low is not None and not self.natural(ids.source)
+        if self.below(ids.source, most + 1) and not raises:
             return ids
-        return Ids(node, None) if ids.order is None else replace(ids, most=min(most, ids.most or most))
+        if ids.order is not None:
+            return None if raises else replace(ids, most=min(most, ids.most or most))
+        return Ids(node, None)
 
     def at_least(self, node: fx.Node, at: int) -> Meaning | None:
         ids, bound = self.ids(arg(node, 0), at), arg(node, 1)

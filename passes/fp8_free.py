@@ -2,9 +2,10 @@
 
 A parameter belongs to the user's module, and Dynamo guards on its shape, strides and dtype: so the parameter stays what
 it is and only its storage is emptied. Compiled graphs never read it (it is an input without a reader), recompiled ones
-find the FP8 copy by the parameter. The module raises :class:`WeightFreed` when it is called uncompiled, and in
-``state_dict``. Other reads of the bare tensor are not guarded: torch refuses most of them, and not all. New values
-bring the memory back: ``load_state_dict`` does, and assigning ``parameter.data``; the FP8 copy follows.
+find the FP8 copy by the parameter. The module raises :class:`WeightFreed` when it is called uncompiled, in
+``state_dict``, and when it is copied or pickled. Other reads of the bare tensor (``module.half()``, arithmetic) are not
+guarded: torch refuses some of them, and others end the process. New values bring the memory back: ``load_state_dict``
+does, and assigning ``parameter.data``; the FP8 copy follows.
 
 Kept: weights that the graph reads in another place too, and those that share memory with another tensor of a module.
 """
@@ -12,8 +13,10 @@ Kept: weights that the graph reads in another place too, and those that share me
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,22 +96,75 @@ def _modules(candidates: dict[int, torch.Tensor]) -> tuple[dict[int, list[tuple[
 
 def _guard(module: nn.Module, name: str) -> None:
     """Makes the module say what happened where it would read the weight; compiled code runs no hooks."""
-
-    def refuse(owner: nn.Module, *_: Any) -> None:
-        weight = owner._parameters.get(name)
-        if torch.compiler.is_compiling() or weight is None or weight.untyped_storage().nbytes():
-            return
-        raise WeightFreed(
-            f"The weight `{name}` {list(weight.shape)} of a {type(owner).__name__} was given back when its FP8 copy "
-            'replaced it (options={"fp8_free": True}). It can be neither computed with nor saved. Call the compiled '
-            "model, compile without fp8_free, or load the model again."
-        )
-
-    def restore(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        weight = owner._parameters.get(name)
-        if weight is not None and prefix + name in state and not weight.untyped_storage().nbytes():
-            weight.untyped_storage().resize_(weight.nbytes)
-
+    refuse = _Refuse(name)
     module.register_forward_pre_hook(refuse)
     module.register_state_dict_pre_hook(refuse)
-    module.register_load_state_dict_pre_hook(restore)
+    module.register_load_state_dict_pre_hook(_Restore(name))
+    weight = module._parameters[name]
+    if weight is not None:
+        # On the parameter, which both find before its class's: torch would read the memory that is gone.
+        weight.__deepcopy__ = _Copied(weakref.ref(weight), type(module).__name__, name)  # type: ignore[method-assign]
+        weight.__reduce_ex__ = _Pickled(weakref.ref(weight), type(module).__name__, name)  # type: ignore[method-assign]
+
+
+def _raise_if_freed(weight: torch.Tensor | None, name: str, owner: str) -> None:
+    if torch.compiler.is_compiling() or weight is None or weight.untyped_storage().nbytes():
+        return
+    raise WeightFreed(
+        f"The weight `{name}` {list(weight.shape)} of a {owner} was given back when its FP8 copy replaced it "
+        '(options={"fp8_free": True}). It can be neither computed with nor copied or saved. Call the compiled model, '
+        "compile without fp8_free, or load the model again."
+    )
+
+
+@dataclass(frozen=True)
+class _Refuse:
+    """A hook in front of a module's forward and state_dict. Hooks are pickled with their module, so no closure."""
+
+    name: str
+
+    def __call__(self, owner: nn.Module, *_: Any) -> None:
+        _raise_if_freed(owner._parameters.get(self.name), self.name, type(owner).__name__)
+
+
+@dataclass(frozen=True)
+class _Restore:
+    """A hook in front of load_state_dict: memory for what will be copied into the weight."""
+
+    name: str
+
+    def __call__(self, owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        weight, new = owner._parameters.get(self.name), state.get(prefix + self.name)
+        if weight is None or not isinstance(new, torch.Tensor) or weight.untyped_storage().nbytes():
+            return
+        if new.shape == weight.shape and not new.is_meta and new.data_ptr() != 0:  # otherwise nothing is copied
+            weight.untyped_storage().resize_(weight.nbytes)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """``__deepcopy__`` of one freed parameter: as its class's, once it has values again."""
+
+    weight: weakref.ref
+    owner: str
+    name: str
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        weight = self._values()
+        return type(weight).__deepcopy__(weight, memo)
+
+    def _values(self) -> torch.Tensor:
+        weight = self.weight()
+        assert weight is not None  # it is the one being copied
+        _raise_if_freed(weight, self.name, self.owner)
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            weight.__dict__.pop(name, None)
+        return weight
+
+
+class _Pickled(_Copied):
+    """``__reduce_ex__`` of one freed parameter."""
+
+    def __call__(self, protocol: Any) -> Any:
+        weight = self._values()
+        return type(weight).__reduce_ex__(weight, protocol)  # type: ignore[call-arg]

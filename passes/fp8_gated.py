@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dscompile.lowering.block_scales import BLOCK
-from dscompile.passes.fp8_reads import called
+from dscompile.passes.fp8_reads import torch_call
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,23 @@ def find(graph: fx.Graph) -> dict[fx.Node, Gated]:
     """Each linear layer that is a part of a gated one -> that one."""
     found: dict[fx.Node, Gated] = {}
     for down in graph.nodes:
-        gated = _gated(down) if called(down) == "linear" else None
+        gated = _gated(down) if torch_call(down) == "linear" else None
         if gated is not None and not any(node in found for node in (gated.gate, gated.up, gated.down)):
             found |= dict.fromkeys((gated.gate, gated.up, gated.down), gated)
     return found
 
 
 def _gated(down: fx.Node) -> Gated | None:
-    product = down.args[0]
-    if called(product) != "mul" or set(product.users) != {down} or len(product.args) != 2:
+    product = down.args[0] if len(down.args) > 1 else None
+    if (
+        not isinstance(product, fx.Node)
+        or torch_call(product) != "mul"
+        or set(product.users) != {down}
+        or len(product.args) != 2
+    ):
         return None
     for silu, up in (product.args, product.args[::-1]):
-        if not (isinstance(silu, fx.Node) and isinstance(up, fx.Node)) or called(silu) != "silu":
+        if not (isinstance(silu, fx.Node) and isinstance(up, fx.Node)) or torch_call(silu) != "silu":
             continue
         gate = silu.args[0]
         if silu.kwargs.get("inplace") or len(silu.args) > 1 and silu.args[1]:
@@ -59,7 +64,7 @@ def _gated(down: fx.Node) -> Gated | None:
 def _plain(node: fx.Node) -> bool:
     """A linear layer without a bias."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    return called(node) == "linear" and len(node.args) > 1 and bias is None
+    return torch_call(node) == "linear" and len(node.args) > 1 and bias is None
 
 
 def _joins(gated: Gated) -> bool:

@@ -74,6 +74,16 @@ def called(node: fx.Node) -> str:
     return name.split(".")[0] if node.op in ("call_function", "call_method") else ""
 
 
+def torch_call(node: fx.Node) -> str:
+    """:func:`called` for what torch defines; '' for functions of other libraries, whatever their name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        own = str(target).startswith("aten.")
+    else:
+        own = (getattr(target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator", "builtins")
+    return called(node) if own else ""
+
+
 def is_fp8(node: object) -> bool:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.dtype in FP8_DTYPES

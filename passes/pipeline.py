@@ -51,6 +51,7 @@ NUMBERS |= {name: len(PASSES) + i for i, name in enumerate((fp8_share.NAME, quan
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
+_TRANSFORMS = "_increment_nesting"  # how the levels of torch.func begin: grad, vmap, jvp
 _ANCHORS = ("scaled_dot_product_attention", "softmax", "_softmax")
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # products by expert
 
@@ -122,6 +123,9 @@ def _run(
     fp8: str | None,
     fp8_head: bool,
 ) -> None:
+    if any(_name(node).endswith(_TRANSFORMS) for node in _nodes(module)):
+        outcome.records.append(PassRecord("shadow", note="a transform of torch.func is part of the graph"))
+        return
     training = recognize_mla.is_training(list(inputs))
     if training and any(_name(node) in _GRADIENT_HOOKS for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="gradients are changed by hooks or own autograd functions"))

@@ -34,7 +34,7 @@ from dscompile.passes import fp8_gated
 from dscompile.passes.emit import Emitter
 from dscompile.passes.fp8_gated import Gated
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.fp8_reads import called
+from dscompile.passes.fp8_reads import called, torch_call
 from dscompile.passes.fp8_refusals import GradientWeights, KeptPrecise
 from dscompile.passes.fp8_roles import feeds_output, feeds_topk, live_nodes, up_projections
 from dscompile.passes.graph import module_path, source_line
@@ -83,8 +83,9 @@ def errors(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> t
     weight, values, scale = (x[0] if x.dim() == 3 else x for x in (weight, values, scale))
     wide, stored = weight.float(), dequantize_weight(values, scale)
     seeded = torch.Generator(device="cpu").manual_seed(0)
-    x = torch.randn(PROBE_ROWS, weight.shape[1], generator=seeded).to(weight.device)
-    y, product = x @ wide.t(), dequantize_rows(*quantize_rows(x)) @ stored.t()
+    x = torch.randn(PROBE_ROWS, weight.shape[1], generator=seeded, dtype=torch.float32, device="cpu").to(weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        y, product = x @ wide.t(), dequantize_rows(*quantize_rows(x)) @ stored.t()
     tiny = torch.finfo(torch.float32).tiny
     pairs = ((stored - wide, wide), (product - y, y))
     of_weight, of_output = (float(d.norm() / base.norm().clamp_min(tiny)) for d, base in pairs)
@@ -115,7 +116,7 @@ class Quantizer:
     def run(self) -> PassRecord:
         live, gated = live_nodes(self.module.graph), fp8_gated.find(self.module.graph)
         for node in list(self.module.graph.nodes):
-            if node in live and called(node) == "linear":
+            if node in live and torch_call(node) == "linear":
                 whole = gated.get(node)
                 if whole is None or not self._joined(whole, node):
                     self._site("fp8_linear", node, self._linear)
@@ -132,14 +133,14 @@ class Quantizer:
         return self._gated[gated]
 
     def _write_gated(self, gated: Gated) -> bool:
-        e = Emitter(gated.down)
+        e, first = Emitter(gated.down), Emitter(gated.gate)  # the rows where other layers find them in time
         layers = (gated.gate, gated.up, gated.down)
         try:
             for layer in layers:
                 self._check(layer)
             if not self._unchanged(gated.x, gated.gate, gated.down):
                 return False
-            rows = self._quantised_rows(e, gated.gate, gated.x)
+            rows = self._quantised_rows(first, gated.gate, gated.x)
             pair = self.prepared.add(PAIR, quantize_pair, gated.weights)
             dtype = gated.gate.meta["example_value"].dtype
             both = e.call(torch.ops.dsinfra.fp8_linear.default, *rows, *pair, None, dtype)
@@ -148,6 +149,7 @@ class Quantizer:
             measured = [*self._pair_errors(gated), self._errors(gated.down.args[1])]
         except Exception:
             self._forget(e)
+            self._forget(first)
             return False  # each layer says for itself what is wrong
         gated.down.replace_all_uses_with(y)
         for layer, cost in zip(layers, measured, strict=True):
@@ -204,6 +206,8 @@ class Quantizer:
 
     def _check(self, node: fx.Node) -> None:
         """Raises the Refusal of a linear layer that is kept."""
+        if len(node.args) < 2:
+            raise Unsupported("a linear layer called by keywords", node)
         x, weight = node.args[:2]
         self._check_weight(node, x, weight)
         if weight in self._absorbable:
@@ -289,10 +293,16 @@ def run(
     training: bool,
     head: bool = False,
 ) -> PassRecord:
-    """Quantises every eligible weight of Dynamo's graph; in training, none."""
-    if not training:
+    """Quantises every eligible weight of Dynamo's graph; none if it is differentiated, from outside or in itself."""
+    if not training and not any(_transforms(node) for node in module.graph.nodes):
         return Quantizer(module, shadow, prepared, bound, head).run()
     refusal = GradientWeights("the graph is differentiated: FP8 copies have no gradient")
     site = Site("fp8_linear", "", "?", False, decision="kept in 16 bits", reason=refusal.found)
     site.refusal, site.hint = refusal.name, refusal.hint
     return PassRecord(NAME, [site])
+
+
+def _transforms(node: fx.Node) -> bool:
+    """True if the node begins a transform of ``torch.func``, or asks for gradients within the graph."""
+    name = called(node)
+    return name.endswith("_increment_nesting") or name in ("requires_grad_", "grad", "backward", "_make_dual")

@@ -112,7 +112,8 @@ class Recognizer:
         experts = self.rows.indices.shape(down.weight.node)[0][0]
         if any(mask.source is not down.source or mask.groups < experts for mask in self.rows.left_out):
             raise CombineForm("rows of experts are masked, not only rows of none", anchor)
-        return Match(down, hidden, combined, experts)
+        wraps = not down.grouped and not self.rows.indices.natural(down.source)
+        return Match(down, hidden, combined, experts, wraps)
 
 
 # Operators that lead from the first product's columns to the second product's rows.

@@ -92,6 +92,8 @@ class RouterReader:
         choice = self.plain(choice, gathered=name(start) == "gather")
         experts = self.indices.shape(source)[-1][0]
         router = self.weights(Router(choice, top_k, items[1], start, experts))
+        if dtype(choice.logits) != torch.float64 and torch.float64 in (dtype(source), dtype(router.weight)):
+            raise NarrowedPrecision("the router computes in float64", topk)
         if 0 in items and items[0] is not start:
             self.unread(items[0], set())
         return router
@@ -128,8 +130,6 @@ class RouterReader:
         rank = len(self.indices.shape(source))
         if name(node) != "sigmoid" and int(arg(node, 1)) % rank != rank - 1:
             raise RouterForm("a softmax over another dimension than the experts", node)
-        if dtype(node) == torch.float64 and dtype(source) != torch.float64:
-            raise NarrowedPrecision("the router computes in float64", node)
         self.indices.intact(source, at)
         logits = source
         while name(logits) in CASTS and torch.promote_types(dtype(arg(logits, 0)), dtype(logits)) == dtype(logits):
@@ -219,7 +219,8 @@ class RouterReader:
             item = arg(node, 0)
             best = arg(item, 0) if name(item) == "getitem" and arg(item, 1) == 0 else None
             self.indices.intact(item, at)
-            if name(best) == "topk" and arg(best, 1) == 2 and option(best, 2, "dim", -1) in (-1, 2):
+            two = name(best) == "topk" and arg(best, 1) == 2 and option(best, 2, "dim", -1) in (-1, 2)
+            if two and option(best, 3, "largest", True):
                 return "top2", arg(best, 0)
         raise RouterForm("groups are scored by neither their best nor the sum of their two best experts", node)
 
@@ -276,7 +277,7 @@ class RouterReader:
             return None
         total, eps, helpers = arg(quotients[0], 1), 0.0, {quotients[0]}
         self.indices.intact(total, self.memory.position[quotients[0]])
-        if name(total) == "add" and isinstance(arg(total, 1), (int, float)) and len(total.args) == 2:
+        if name(total) == "add" and isinstance(arg(total, 1), (int, float)) and option(total, 2, "alpha", 1) == 1:
             helpers.add(total)
             total, eps = arg(total, 0), float(arg(total, 1))
         helpers.add(total)
@@ -288,6 +289,8 @@ class RouterReader:
     def _sums(self, total: fx.Node, node: fx.Node) -> bool:
         """Whether ``total`` is the sum of ``node`` over the choices, kept as a dimension."""
         if name(total) != "sum" or arg(total, 0) is not node or option(total, 2, "keepdim", False) is not True:
+            return False
+        if torch.promote_types(dtype(node), dtype(total)) != dtype(total):
             return False
         rank = len(self.indices.shape(node))
         return [d % rank for d in option(total, 1, "dim") or ()] == [rank - 1]

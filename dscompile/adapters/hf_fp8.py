@@ -41,7 +41,7 @@ _ASKED_FIRST = "is_deepgemm_loadable"  # since 5.17: linear layers prefer anothe
 
 _watching = False
 _enabled = True
-_replaced: dict[str, Any] = {}  # what stood in transformers before, by name
+_replaced: dict[str, tuple[Any, Any]] = {}  # what stood in transformers before, by name; and what took its place
 
 
 def watch() -> None:
@@ -54,14 +54,13 @@ def watch() -> None:
 
 
 def _on_compile_start(_: Any) -> None:
-    global _enabled
     module = sys.modules.get(MODULE)
     # Loaded half: another thread may be importing it.
     if _enabled and not _replaced and module is not None and hasattr(module, "ALL_FP8_EXPERTS_FUNCTIONS"):
         try:
             _install(module, replace=False)
         except Exception as error:  # this runs in every compilation, also of models that have nothing to do with it
-            _enabled = False
+            uninstall()  # what stands half
             log.warning(
                 "dsinfra: FP8 modules of transformers are left as they are: %s: %s", type(error).__name__, error
             )
@@ -81,19 +80,24 @@ def install(replace: bool = False) -> bool:
 
 
 def uninstall() -> None:
-    """Give transformers back what it had, and stop watching. What was compiled meanwhile is compiled anew."""
+    """Give transformers back what it had, and stop watching. What was compiled meanwhile is compiled anew.
+
+    What someone put in the place of ours meanwhile stays.
+    """
     global _enabled
     _enabled = False
     module = sys.modules.get(MODULE)
     if not _replaced or module is None:
         return
-    for name, before in _replaced.items():
+    own = module.ALL_FP8_EXPERTS_FUNCTIONS._local_mapping
+    for name, (before, ours) in _replaced.items():
         if name not in _EXPERTS:
-            setattr(module, name, before)
-        elif before is None:
+            if getattr(module, name, None) is ours:
+                setattr(module, name, before)
+        elif own.get(name) is ours:
             del module.ALL_FP8_EXPERTS_FUNCTIONS[name]
-        else:
-            module.ALL_FP8_EXPERTS_FUNCTIONS[name] = before
+            if before is not None:
+                module.ALL_FP8_EXPERTS_FUNCTIONS[name] = before
     _replaced.clear()
 
 
@@ -102,7 +106,9 @@ def _install(module: ModuleType, replace: bool) -> bool:
     if reason:
         log.info("dsinfra: FP8 modules of transformers are left as they are: %s", reason)
         return False
-    if not replace and (getattr(module, "_FINEGRAINED_FP8", None) is not None or module.is_kernels_available()):
+    loader_is_theirs = getattr(getattr(module, _LOADER), "__module__", MODULE) == MODULE
+    loaded = getattr(module, "_FINEGRAINED_FP8", None) is not None
+    if not replace and (loaded or not loader_is_theirs or module.is_kernels_available()):
         return False
     from transformers.activations import ACT2FN
 
@@ -111,13 +117,16 @@ def _install(module: ModuleType, replace: bool) -> bool:
     bundle = module.FineGrainedFP8(matmul, batched_matmul, grouped_matmul)
     for name, ours in ((_LOADER, lambda: bundle), (_ASKED_FIRST, lambda *_, **__: False)):
         if hasattr(module, name):
-            _replaced[name] = getattr(module, name)
+            _replaced[name] = getattr(module, name), ours
             setattr(module, name, ours)
     silu = (torch.nn.SiLU, type(ACT2FN["silu"]))
     functions = module.ALL_FP8_EXPERTS_FUNCTIONS
     for name in _EXPERTS:
-        _replaced[name] = functions._local_mapping.get(name)
-        functions[name] = _experts_forward(functions[name], silu)
+        registered = functions._local_mapping.get(name)  # by the user: transformers' own are in the global table
+        if registered is None or replace:
+            ours_for_experts = _experts_forward(functions[name], silu)
+            _replaced[name] = registered, ours_for_experts
+            functions[name] = ours_for_experts
     return True
 
 

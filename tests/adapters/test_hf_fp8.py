@@ -59,6 +59,35 @@ def test_uninstall_gives_back_functions_that_a_user_registered() -> None:
         del functions["batched_mm"]
 
 
+def test_functions_that_a_user_registered_are_kept() -> None:
+    functions, own = theirs.ALL_FP8_EXPERTS_FUNCTIONS, lambda *_: None
+    functions["batched_mm"] = own
+    try:
+        assert hf_fp8.install()
+        assert functions["batched_mm"] is own
+        functions["grouped_mm"] = own  # in the place of ours
+        hf_fp8.uninstall()
+        assert functions["batched_mm"] is own and functions["grouped_mm"] is own
+    finally:
+        functions._local_mapping.clear()
+
+
+def test_a_loader_of_the_user_is_kept(monkeypatch) -> None:
+    def own() -> None: ...
+
+    monkeypatch.setattr(theirs, "load_finegrained_fp8_kernel", own)
+    assert not hf_fp8.install()
+    assert theirs.load_finegrained_fp8_kernel is own and not hf_fp8._replaced
+
+
+def test_a_fault_halfway_takes_back_what_stands(monkeypatch) -> None:
+    loader = theirs.load_finegrained_fp8_kernel
+    hf_fp8._enabled = True
+    monkeypatch.setattr(hf_fp8, "_experts_forward", lambda *_: 1 / 0)
+    assert compile_module(torch.nn.Linear(4, 4))(torch.randn(2, 4)).shape == (2, 4)
+    assert theirs.load_finegrained_fp8_kernel is loader and not hf_fp8._replaced
+
+
 def test_kernels_that_transformers_can_load_are_not_replaced(monkeypatch) -> None:
     loader = theirs.load_finegrained_fp8_kernel
     monkeypatch.setattr(theirs, "is_kernels_available", lambda: True)

@@ -566,3 +566,15 @@ def test_autocast(region: str, train: bool) -> None:
     exact, eager, found = results
     for e, ours, true in zip(eager, found, exact):
         assert ours.dtype is e.dtype and _error(ours, true) <= 2 * _error(e, true)
+
+
+def test_a_transform_of_torch_func_is_left_alone() -> None:
+    """Inside it gradients flow although no input requires one."""
+    module, x = Toy(), randn(2, S, D)
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda y: module(y).square().sum())(x)
+
+    compiled, reports = compile_passes(slope, inner="aot_eager")
+    torch.testing.assert_close(compiled(x), slope(x))
+    assert [r.op_counts.get("mla", 0) for r in reports] == [0] * len(reports)

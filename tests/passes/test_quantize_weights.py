@@ -1,10 +1,8 @@
-"""`options={"fp8": "block"}`: which weights are quantised, what it costs, and that copies follow their weights."""
+"""`options={"fp8": "block"}`: which weights are quantised, and what it costs."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor.utils import fresh_cache
 
 from dscompile.backend import dsinfra
 from dscompile.errors import OptionError, StrictRefusal
 from dscompile.lowering.block_scales import dequantize_rows, quantize_rows
-from dscompile.passes import fp8_prepared, quantize_weights
-from dscompile.passes.fp8_free import WeightFreed
+from dscompile.passes import quantize_weights
 from dscompile.report import CompileReport
 from tests.zoo import fp8
 
@@ -270,6 +266,93 @@ def test_what_is_kept_by_design_is_no_fault_under_strict() -> None:
     assert call.report.op_counts["fp8_linear"] == 2
 
 
+def test_a_layer_between_the_parts_of_a_gated_one_shares_its_rows() -> None:
+    class Parallel(MLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(128, 128, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up, other = self.gate(x), self.up(x), self.other(x)
+            return x + self.down(F.silu(gate) * up) + other
+
+    module, x = build(Parallel()), rows(4, 128)
+    call = Compiled(module, options={"strict": True})
+    with torch.no_grad():
+        assert error(call(x), module(x)) < sum(site.errors["output"] for site in call.report.sites)
+    assert call.report.op_counts == {"quantize_1x128": 1, "fp8_linear": 3, "silu_mul_quantize_1x128": 1}
+
+
+@torch.library.custom_op("dsinfra_test_names::linear", mutates_args=())
+def foreign_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return 3 * (x @ w)
+
+
+@foreign_linear.register_fake
+def _(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@torch.library.custom_op("dsinfra_test_names::silu", mutates_args=())
+def foreign_silu(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+@foreign_silu.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def test_functions_of_others_are_not_known_by_their_names() -> None:
+    class Named(MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.ops.dsinfra_test_names.silu(self.gate(x)) * self.up(x)
+            return x + torch.ops.dsinfra_test_names.linear(h, self.down.weight.t())
+
+    module, x = build(Named()), rows(4, 128)
+    call = Compiled(module)
+    with torch.no_grad():
+        assert error(call(x), emulated(module)(x)) < 0.05
+    assert call.report.op_counts == {"quantize_1x128": 1, "fp8_linear": 2}
+
+
+def test_a_layer_called_by_keywords_is_kept() -> None:
+    class Keywords(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + F.linear(input=x, weight=self.weight)
+
+    module, x = build(Keywords(128, 128)), rows(4, 128)
+    call = Compiled(module)
+    with torch.no_grad():
+        torch.testing.assert_close(call(x), module(x))
+    assert "keywords" in call.report.refused[0].reason and not call.report.error
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_gradients_within_a_graph_are_kept(transform: str) -> None:
+    module, x = build(MLP()).requires_grad_(False), rows(4, 128)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if transform == "jvp":
+            return torch.func.jvp(module, (x,), (x,))[1]
+        return torch.func.grad(lambda x: module(x).float().square().sum())(x)
+
+    call = Compiled(run)
+    assert error(call(x), run(x)) < ROUNDING
+    assert [site.refusal for site in call.report.refused] == ["GradientWeights"]
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    module = build(MLP())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        call = Compiled(module)
+        call(rows(4, 128))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(call.report.matched) == 3 and not call.report.refused
+
+
 @pytest.mark.parametrize(("D", "width"), [(64, 256), (128, 200)], ids=["small", "odd"])
 def test_small_and_odd_weights_are_kept(D: int, width: int) -> None:
     module, x = build(MLP(D, width)), rows(4, D)
@@ -322,172 +405,3 @@ def test_wrong_values_name_the_allowed_ones(options: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="allowed are block|must be True or False") as raised:
         Compiled(build(MLP()), options=options)(rows(4, 128))
     assert OptionError.__name__ in f"{type(raised.value)} {raised.value.__cause__!r} {raised.value}"
-
-
-# ------------------------------------------------------------------ copies
-
-
-def test_copies_follow_their_weights() -> None:
-    module, x = build(MLP()), rows(4, 128)
-    call = Compiled(module)
-
-    def check() -> None:
-        with torch.no_grad():
-            assert error(call(x), emulated(module)(x)) < ROUNDING
-
-    check()
-    with torch.no_grad():
-        module.down.weight.mul_(-3)
-    check()
-    module.load_state_dict({name: torch.randn_like(value) / 8 for name, value in module.state_dict().items()})
-    check()
-    module.up.weight.data = torch.randn_like(module.up.weight) / 8
-    check()
-    module.gate.weight.data.mul_(-2)  # leaves no trace
-    fp8_prepared.refresh()
-    check()
-    assert len(call.reports) == 1
-
-
-def test_two_graphs_share_one_copy() -> None:
-    module = build(MLP())
-    call = Compiled(module)
-    call(rows(4, 128))
-    first = {id(v) for c in fp8_prepared._COPIES[module.down.weight].values() for v in c.values}
-    call(rows(2, 4, 128))
-    assert len(call.reports) == 2
-    assert {id(v) for c in fp8_prepared._COPIES[module.down.weight].values() for v in c.values} == first
-
-
-def test_layers_compiled_one_by_one_share_a_graph_and_not_a_copy() -> None:
-    layers, x = [build(MLP()) for _ in range(3)], rows(4, 128)
-    for scale, layer in enumerate(layers, 1):
-        with torch.no_grad():
-            layer.down.weight.mul_(scale)
-    reports: list[CompileReport] = []
-
-    def own(gm, inputs):
-        return dsinfra(gm, inputs, options={"inner": "aot_eager", "fp8": "block"}, sink=reports.append)
-
-    torch._dynamo.reset()
-    compiled = [torch.compile(layer, backend=own, fullgraph=True) for layer in layers]
-    with torch.no_grad():
-        for _ in range(2):
-            for call, layer in zip(compiled, layers, strict=True):
-                assert error(call(x), emulated(layer)(x)) < ROUNDING
-    assert len(reports) == 1
-
-
-def test_a_copy_dies_with_its_weight() -> None:
-    module = build(MLP())
-    Compiled(module)(rows(4, 128))
-    (made,) = fp8_prepared._COPIES[module.down.weight].values()
-    value = weakref.ref(made.values[0])
-    del module, made
-    torch._dynamo.reset()
-    gc.collect()
-    assert value() is None
-
-
-def test_weights_made_in_inference_mode_are_refused() -> None:
-    with torch.inference_mode():
-        module = build(MLP())
-    call = Compiled(module)
-    with torch.inference_mode():
-        call(rows(4, 128))
-    assert {s.refusal for s in call.report.refused} == {"Unsupported"}
-    assert "inference mode" in call.report.refused[0].reason
-
-
-def test_calls_in_inference_mode_and_outside_share_a_copy() -> None:
-    module, x = build(MLP()), rows(4, 128)
-    call = Compiled(module)
-    with torch.inference_mode():
-        inside = call(x).clone()
-    with torch.no_grad():
-        module.down.weight.mul_(2)
-        assert error(call(x), emulated(module)(x)) < ROUNDING
-    assert inside.isfinite().all()
-
-
-def test_a_cached_graph_holds_no_weights() -> None:
-    """Inductor's code is served from the cache to a module of other weights, and computes with those."""
-    counters, x = torch._dynamo.utils.counters, rows(4, 128)
-    with fresh_cache():
-        for scale in (1, 2):
-            module = build(MLP())
-            with torch.no_grad():
-                module.down.weight.mul_(scale)
-                counters.clear()
-                assert error(Compiled(module, options={"inner": "inductor"})(x), emulated(module)(x)) < ROUNDING
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
-    assert not counters["aot_autograd"]["autograd_cache_bypass"]
-
-
-# ------------------------------------------------------------------ freed weights
-
-
-def test_freed_weights_leave_the_compiled_module() -> None:
-    module, x = build(MLP()), rows(4, 128)
-    with torch.no_grad():
-        expected, longer = emulated(module)(x), emulated(module)(rows(9, 128))
-    call = Compiled(module, options={"fp8_free": True})
-    assert error(call(x), expected) < ROUNDING
-    assert all(p.untyped_storage().nbytes() == 0 for p in module.parameters())
-    assert error(call(x), expected) < ROUNDING
-    assert error(call(rows(9, 128)), longer) < ROUNDING, "a new graph finds the copies"
-    assert len(call.reports) == 2
-    assert "given back" in call.reports[0].records[-1].note
-
-
-def test_freed_weights_raise_what_happened() -> None:
-    module, x = build(MLP()), rows(4, 128)
-    call = Compiled(module, options={"fp8_free": True})
-    call(x)
-    with pytest.raises(WeightFreed, match=r"`weight` \[256, 128\] of a Linear.*fp8_free"):
-        module(x)
-    with pytest.raises(WeightFreed, match="saved"):
-        module.state_dict()
-
-
-@pytest.mark.parametrize("way", ["load_state_dict", "data"])
-def test_a_freed_weight_that_is_given_anew_counts_again(way: str) -> None:
-    module, x = build(MLP()), rows(4, 128)
-    new = {name: torch.randn(p.shape).bfloat16() / 8 for name, p in module.named_parameters()}
-    call = Compiled(module, options={"fp8_free": True})
-    call(x)
-    if way == "load_state_dict":
-        module.load_state_dict(new)
-    else:
-        for name, parameter in module.named_parameters():
-            parameter.data = new[name]
-    with torch.no_grad():
-        assert error(call(x), emulated(module)(x)) < ROUNDING
-
-
-def test_a_graph_that_needs_a_freed_weight_is_not_compiled() -> None:
-    module, x = build(MLP()), rows(4, 128)
-    Compiled(module, options={"fp8_free": True})(x)
-    with pytest.raises(Exception, match="WeightFreed.*no FP8 copy"):
-        Compiled(module, options={"fp8": None})(x)
-
-
-def test_weights_that_are_read_elsewhere_are_not_freed() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.mlp = nn.Embedding(256, 128), MLP()
-            self.out = nn.Linear(128, 256, bias=False)
-            self.out.weight = self.embedding.weight
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.out(self.mlp(self.embedding(ids)))
-
-    module = build(Tied())
-    call = Compiled(module, options={"fp8_free": True, "fp8_head": True})
-    ids = torch.arange(8)
-    with torch.no_grad():
-        expected = emulated(module)(ids)
-    assert error(call(ids), expected) < ROUNDING
-    assert module.embedding.weight.untyped_storage().nbytes() > 0
-    assert module.mlp.down.weight.untyped_storage().nbytes() == 0
