@@ -125,6 +125,7 @@ def _run(
 ) -> None:
     if any(_name(node).endswith(_TRANSFORMS) for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="a transform of torch.func is part of the graph"))
+        outcome.records += [quantize_weights.differentiated()] if fp8 else []
         return
     training = recognize_mla.is_training(list(inputs))
     if training and any(_name(node) in _GRADIENT_HOOKS for node in _nodes(module)):

@@ -296,6 +296,11 @@ def run(
     """Quantises every eligible weight of Dynamo's graph; none if it is differentiated, from outside or in itself."""
     if not training and not any(_transforms(node) for node in module.graph.nodes):
         return Quantizer(module, shadow, prepared, bound, head).run()
+    return differentiated()
+
+
+def differentiated() -> PassRecord:
+    """Nothing is quantised in a graph that gradients flow through."""
     refusal = GradientWeights("the graph is differentiated: FP8 copies have no gradient")
     site = Site("fp8_linear", "", "?", False, decision="kept in 16 bits", reason=refusal.found)
     site.refusal, site.hint = refusal.name, refusal.hint
