@@ -6,6 +6,7 @@
 | ``CustomGraphPass`` with ``uuid()`` as ``post_grad_custom_post_pass`` | yes | yes (a list is allowed too, not used) |
 | ``list_mode_options`` (public) | yes | yes |
 | ``_dynamo_source`` and ``meta["tensor_dict"]`` of Dynamo's inputs, ``TracingContext.tensor_to_context`` | yes | yes |
+| ``torch._C._AutoDispatchBelowAutograd``, on which ``torch.library``'s own autograd kernels are built | yes | yes |
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def sources_digest() -> str:
     roots = [package] if (package / "backend.py").exists() else [package / "dscompile"]
     roots += [package / name for name in ("passes", "lowering", "kernels", "runtime")]
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh")):
             digest.update(path.name.encode() + path.read_bytes())
     digest.update(torch.__version__.encode())
     return digest.hexdigest()
@@ -87,6 +88,11 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(module, inputs, config_patches=patches(mode, options, key))  # type: ignore[return-value]
+
+
+def below_autograd() -> Any:
+    """A context in which an operator's call goes past autograd to its kernel."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def compile_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -3,9 +3,6 @@
 `torch.library.register_autograd` can keep an operator's inputs and outputs for its gradient, nothing in between. An
 operator whose gradient wants more has a second form that returns it, and the first is only a name for it under
 autograd: graphs for inference hold the first, joint graphs for training the second.
-
-This uses `torch._C._AutoDispatchBelowAutograd`, which is private; checked on torch 2.11 and 2.13, where
-`torch.library`'s own autograd kernels are built on it.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dscompile.lowering.inductor import below_autograd
 from dscompile.lowering.ops.library import NAMESPACE
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # Registrations live as long as this object.
@@ -28,7 +26,7 @@ def define_training_form(name: str, form: str) -> None:
     def autograd_kernel(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return training_op(*args)[0]
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
     _LIBRARY.impl(name, autograd_kernel, "Autograd")
