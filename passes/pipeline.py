@@ -51,7 +51,9 @@ NUMBERS |= {name: len(PASSES) + i for i, name in enumerate((fp8_share.NAME, quan
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
-_TRANSFORMS = "_increment_nesting"  # how the levels of torch.func begin: grad, vmap, jvp
+# One that asks for gradients, or begins a transform of torch.func, in itself is left alone always.
+_DIFFERENTIATES = ("requires_grad_", "grad", "backward", "_make_dual")
+_TRANSFORMS = "_increment_nesting"
 _ANCHORS = ("scaled_dot_product_attention", "softmax", "_softmax")
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # products by expert
 
@@ -123,8 +125,8 @@ def _run(
     fp8: str | None,
     fp8_head: bool,
 ) -> None:
-    if any(_name(node).endswith(_TRANSFORMS) for node in _nodes(module)):
-        outcome.records.append(PassRecord("shadow", note="a transform of torch.func is part of the graph"))
+    if any(_differentiates(node) for node in _nodes(module)):
+        outcome.records.append(PassRecord("shadow", note="the graph takes gradients, or transforms, in itself"))
         outcome.records += [quantize_weights.differentiated()] if fp8 else []
         return
     training = recognize_mla.is_training(list(inputs))
@@ -186,6 +188,11 @@ def _nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
     for child in module.modules():
         if isinstance(child, fx.GraphModule):
             yield from child.graph.nodes
+
+
+def _differentiates(node: fx.Node) -> bool:
+    name = _name(node) if node.op in ("call_function", "call_method") else ""
+    return name in _DIFFERENTIATES or name.endswith(_TRANSFORMS)
 
 
 def _is_anchor(node: fx.Node) -> bool:

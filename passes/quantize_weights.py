@@ -34,7 +34,7 @@ from dscompile.passes import fp8_gated
 from dscompile.passes.emit import Emitter
 from dscompile.passes.fp8_gated import Gated
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.fp8_reads import called, torch_call
+from dscompile.passes.fp8_reads import torch_call
 from dscompile.passes.fp8_refusals import GradientWeights, KeptPrecise
 from dscompile.passes.fp8_roles import feeds_output, feeds_topk, live_nodes, up_projections
 from dscompile.passes.graph import module_path, source_line
@@ -293,10 +293,8 @@ def run(
     training: bool,
     head: bool = False,
 ) -> PassRecord:
-    """Quantises every eligible weight of Dynamo's graph; none if it is differentiated, from outside or in itself."""
-    if not training and not any(_transforms(node) for node in module.graph.nodes):
-        return Quantizer(module, shadow, prepared, bound, head).run()
-    return differentiated()
+    """Quantises every eligible weight of Dynamo's graph; none if it is differentiated."""
+    return differentiated() if training else Quantizer(module, shadow, prepared, bound, head).run()
 
 
 def differentiated() -> PassRecord:
@@ -305,9 +303,3 @@ def differentiated() -> PassRecord:
     site = Site("fp8_linear", "", "?", False, decision="kept in 16 bits", reason=refusal.found)
     site.refusal, site.hint = refusal.name, refusal.hint
     return PassRecord(NAME, [site])
-
-
-def _transforms(node: fx.Node) -> bool:
-    """True if the node begins a transform of ``torch.func``, or asks for gradients within the graph."""
-    name = called(node)
-    return name.endswith("_increment_nesting") or name in ("requires_grad_", "grad", "backward", "_make_dual")
