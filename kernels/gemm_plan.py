@@ -37,8 +37,7 @@ class GemmPlan:
 # Up to how many rows a group "small" is the fastest.
 SMALL_ROWS = 128
 SMALL_ROWS_OF_GROUPS = 256  # 16-bit: 401 us at 64 x 256 rows, n 2816, k 2048, torch 445
-# What makes larger 16-bit groups: "torch", or "gluon" when `python -m bench.grouped_gemm` shows that it is faster, as
-# it did: 1.11 to 1.27 times (bench/results/grouped_bf16.json).
+# What makes larger 16-bit groups: "torch", or "gluon" where `python -m bench.grouped_gemm` shows that it is faster.
 LARGE_GROUPS = "gluon"
 # Dense FP8: "gluon" is up to 8 % faster than "cuda", unless its tiles leave more of their last wave idle than this.
 LEAST_FILL = 0.85
