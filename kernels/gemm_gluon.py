@@ -183,18 +183,16 @@ def _multiply_scaled(scales, ring, stage, phase, t, g, ROW: gl.constexpr, LAYOUT
 def _multiply_scaled_twice(scales, ring, stage, phase, t, g, ROW: gl.constexpr, LAYOUT: gl.constexpr):
     """`_multiply_scaled` for 256 columns: two accumulators of 128, one partial product at a time."""
     STAGES: gl.constexpr = ring.a.type.shape[0]
-    BM: gl.constexpr = ring.a.type.shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     x_scale, w_scale = _scales_of(scales, t, g, ROW, LAYOUT, gl.SliceLayout(1, MMA))
-    w_left = w_scale + 2 * t.column * g.k_steps
-    w_right = w_scale + gl.minimum(2 * t.column + 1, gl.cdiv(g.n, 128) - 1) * g.k_steps
+    w_scale += 2 * t.column * g.k_steps
+    beside = gl.where(2 * t.column + 1 < gl.cdiv(g.n, 128), g.k_steps, 0)
     part = gl.zeros((64, 128), gl.float32, MMA)
     left = gl.zeros((64, 128), gl.float32, MMA)
     right = gl.zeros((64, 128), gl.float32, MMA)
     x_next = gl.load(x_scale)
-    left_next = gl.load(w_left)
-    right_next = gl.load(w_right)
-    following = t
+    left_next = gl.load(w_scale)
+    right_next = gl.load(w_scale + beside)
     for k in range(g.k_steps):
         scale_left = x_next * left_next
         scale_right = x_next * right_next
@@ -204,11 +202,10 @@ def _multiply_scaled_twice(scales, ring, stage, phase, t, g, ROW: gl.constexpr, 
         part = warpgroup_mma(a, b.slice(0, 128).permute((1, 0)), part, use_acc=False, is_async=True)
         more = (k + 1 < g.k_steps).to(gl.int32)
         x_scale += more * g.scale_stride
+        w_scale += more
         x_next = gl.load(x_scale)
-        left_next = gl.load(w_left + k + more)
-        right_next = gl.load(w_right + k + more)
-        if k == 0:
-            following = next_tile(t, g, BM, LAYOUT)
+        left_next = gl.load(w_scale)
+        right_next = gl.load(w_scale + beside)
         part = warpgroup_mma_wait(0, deps=[part])
         left += part * gl.expand_dims(scale_left, 1)
         # Nothing to wait for: it only keeps the next product from starting in other registers, which aren't there.
@@ -218,7 +215,7 @@ def _multiply_scaled_twice(scales, ring, stage, phase, t, g, ROW: gl.constexpr, 
         mbarrier.arrive(ring.empty.index(stage), count=1)
         right += part * gl.expand_dims(scale_right, 1)
         stage, phase = _next_stage(stage, phase, STAGES)
-    return left, right, stage, phase, following
+    return left, right, stage, phase
 
 
 @gluon.jit
@@ -326,10 +323,10 @@ def _consume(
             _store(acc, outputs, staging, row, t.column * BN, t.end, g, WG, LAYOUT)
             t = following
         else:
-            left, right, stage, phase, following = _multiply_scaled_twice(scales, ring, stage, phase, t, g, ROW, LAYOUT)
+            left, right, stage, phase = _multiply_scaled_twice(scales, ring, stage, phase, t, g, ROW, LAYOUT)
             _store(left, outputs, staging, row, t.column * BN, t.end, g, WG, LAYOUT)
             _store(right, outputs, staging, row, t.column * BN + 128, t.end, g, WG, LAYOUT)
-            t = following
+            t = next_tile(t, g, BM, LAYOUT)  # only now: the product leaves no registers for the walk over the groups
     tma.store_wait(0)
 
 

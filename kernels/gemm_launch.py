@@ -117,7 +117,7 @@ def launch_triton(call: Call, plan: GemmPlan) -> None:
         SWIGLU=call.swiglu,
         LAYOUT=call.layout,
         RASTER=plan.raster,
-        num_warps=4 if plan.bm * plan.bn <= 4096 else 8,
+        num_warps=4 if plan.bm * plan.bn * max(2, x.element_size()) <= 8192 else 8,
         num_stages=plan.stages,
     )
 
