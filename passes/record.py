@@ -12,6 +12,11 @@ class Site:
     ``form`` says how it was written, ``decision`` what it became and why, ``kernel`` what will run, ``reason`` (with
     ``refusal``, the class name, and ``hint``) why it was left to Inductor. ``errors`` are relative ones, measured where
     a pass changes rounding.
+
+    For those who look closer: ``node`` is the site's place in Dynamo's graph, ``region`` the nodes there that the
+    operator replaces, ``bound`` what each of its operands is. ``closest`` names the form that a site was tried as,
+    ``proved`` the facts that held before the first that failed, ``predicted`` the seconds of each choice by the cost
+    model.
     """
 
     kind: str
@@ -26,6 +31,12 @@ class Site:
     refusal: str = ""
     hint: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    node: str = ""
+    region: list[str] = field(default_factory=list)
+    bound: dict[str, str] = field(default_factory=dict)
+    closest: str = ""
+    proved: list[str] = field(default_factory=list)
+    predicted: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
