@@ -2,6 +2,7 @@
 # make test    lint, types and every test this machine can run
 # make format  the source as `make test` wants it
 # make tables  README's tables from bench/results/*.json
+# make golden  accepts what the golden tests find (tests/golden): read the difference before you commit it
 #
 # Each sets itself up in .venv the first time. On a machine that already has torch and no network:
 #   make PYTHON=python3 VENV=system test
@@ -12,7 +13,7 @@ TORCH ?= 2.13.0
 # Only where torch brings none (its CPU builds): the interpreter and the compile-only tier need it.
 TRITON ?= 3.6.0
 
-.PHONY: demo test lint format types pytest tables clean
+.PHONY: demo test lint format types pytest tables golden clean
 
 ifeq ($(VENV),system)
 
@@ -27,11 +28,12 @@ else
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-OTHERS := .venv-triton/.ready .venv-tf517/.ready .venv-tf512/.ready
+OTHERS := .venv-triton/.ready .venv-tf517/.ready .venv-tf512/.ready .venv-titan/.ready
 # Folders with other versions: tests put one first on the PYTHONPATH of a process of their own.
 export DSINFRA_TRITON_NEWEST := $(CURDIR)/.venv-triton
 export DSINFRA_TF_5_17 := $(CURDIR)/.venv-tf517
 export DSINFRA_TF_5_12 := $(CURDIR)/.venv-tf512
+export DSINFRA_TITAN := $(CURDIR)/.venv-titan
 optional =
 
 endif
@@ -58,6 +60,10 @@ pytest: $(READY) $(OTHERS)
 tables: $(READY)
 	$(PY) -m bench.table
 
+# A test of golden texts has `golden` in its name.
+golden: $(READY)
+	@DSINFRA_ACCEPT=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -k golden
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q torch==$(TORCH) 'numpy<2.4'
@@ -75,5 +81,11 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m pip install -q --target $(@D) --upgrade transformers==$(VERSION) 'numpy<2.4'
 	touch $@
 
+# Without its dependencies, which would bring another torch: what the models import, and no more.
+.venv-titan/.ready:
+	$(PYTHON) -m pip install -q --target $(@D) --no-deps --upgrade torchtitan==0.3.0 spmd-types==0.2.3 \
+	  tyro docstring_parser typeguard
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton .venv-tf517 .venv-tf512 .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-triton .venv-tf517 .venv-tf512 .venv-titan .pytest_cache .mypy_cache .ruff_cache build *.egg-info

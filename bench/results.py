@@ -17,7 +17,9 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from bench import schema
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -26,34 +28,9 @@ ROOT = Path(__file__).parent.parent
 _NOT_SOURCES = ("bench/results", "README.md")
 
 
-class Row(TypedDict):
-    """One measured case. `anchor` and `anchor_us` are both None where nothing comparable exists."""
-
-    bench: str  # the benchmark's name, also the file's
-    case: str  # shapes and dtype, readable
-    us: float  # ours, median microseconds
-    anchor: str | None  # what stands beside it, and whether timed in the same run or taken from a table
-    anchor_us: float | None  # its median microseconds
-    card: str  # device name as the driver says it
-    torch: str
-    triton: str
-    commit: str  # of the sources measured; ends in -dirty when they were changed
-    date: str  # YYYY-MM-DD, UTC
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bench": (str,),
-    "case": (str,),
-    "us": (int, float),
-    "anchor": (str, type(None)),
-    "anchor_us": (int, float, type(None)),
-    "card": (str,),
-    "torch": (str,),
-    "triton": (str,),
-    "commit": (str,),
-    "date": (str,),
-}
-_MEASURED = ("case", "us", "anchor", "anchor_us")
+# One measured case; its fields are those of `schema.of(name)`. `bench` is the benchmark's name and also the file's,
+# `card` the device as its driver names it, `commit` that of the sources measured (-dirty when they were changed).
+Row = dict[str, Any]
 
 
 class BadRow(ValueError):
@@ -107,16 +84,16 @@ def checked(name: str) -> Iterator[None]:
 
 
 def stamp(name: str, measured: Iterable[dict[str, Any]]) -> list[Row]:
-    """Complete a benchmark's rows (`case`, `us`, `anchor`, `anchor_us`) with card, versions, commit and date.
+    """Complete a benchmark's rows (the measured fields of its schema) with card, versions, commit and date.
 
     Raises:
-        BadRow: a row has other fields than those four, or a wrong value.
+        BadRow: a row has other fields than those, or a wrong value.
     """
-    about = _environment()
+    about, wanted = _environment(), schema.of(name).measured
     rows = []
     for row in measured:
-        if set(row) != set(_MEASURED):
-            raise BadRow(f"benchmark {name!r} gave a row with {sorted(row)}; it must have exactly {list(_MEASURED)}.")
+        if set(row) != set(wanted):
+            raise BadRow(f"benchmark {name!r} gave a row with {sorted(row)}; it must have exactly {list(wanted)}.")
         rows.append({"bench": name, **row, **about})
     return validate(rows, name)
 
@@ -133,28 +110,32 @@ def validate(rows: Any, name: str) -> list[Row]:
         problem = _problem(row, name)
         if problem:
             raise BadRow(f"row {index} of {name!r}: {problem}")
-    cases = [(row["case"], row["anchor"]) for row in rows]
-    twice = {pair for pair in cases if cases.count(pair) > 1}
+    key = schema.of(name).key
+    cases = [tuple(row[field] for field in key) for row in rows]
+    twice = {case for case in cases if cases.count(case) > 1}
     if twice:
-        raise BadRow(f"results of {name!r} repeat {sorted(map(str, twice))}: give one row a case and anchor.")
+        raise BadRow(f"results of {name!r} repeat {sorted(map(str, twice))}: give one row a {' and '.join(key)}.")
     return rows
 
 
 def _problem(row: Any, name: str) -> str | None:
-    if not isinstance(row, dict) or set(row) != set(_TYPES):
+    form = schema.of(name)
+    if not isinstance(row, dict) or set(row) != set(form.fields):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        return f"fields are {found}, they must be exactly {sorted(_TYPES)}"
-    for field, types in _TYPES.items():
+        return f"fields are {found}, they must be exactly {sorted(form.fields)}"
+    for field, types in form.fields.items():
         value = row[field]
         if isinstance(value, bool) or not isinstance(value, types):
             return f"{field} is {value!r}, it must be {' or '.join(t.__name__ for t in types)}"
         if isinstance(value, str) and not value.strip():
             return f"{field} is empty"
-        if isinstance(value, float | int) and not (math.isfinite(value) and value > 0):
+        if field in form.times and value is not None and not (math.isfinite(value) and value > 0):
             return f"{field} is {value!r}, a time must be positive and finite"
+        if isinstance(value, float | int) and not (math.isfinite(value) and value >= 0):
+            return f"{field} is {value!r}, it must be finite and not negative"
     if row["bench"] != name:
         return f"bench is {row['bench']!r}, the file belongs to {name!r}"
-    if (row["anchor"] is None) != (row["anchor_us"] is None):
+    if form is schema.TIMES and (row["anchor"] is None) != (row["anchor_us"] is None):
         return f"anchor is {row['anchor']!r} but anchor_us is {row['anchor_us']!r}: give both or neither"
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", row["date"]):
         return f"date is {row['date']!r}, it must read YYYY-MM-DD"
@@ -164,10 +145,19 @@ def _problem(row: Any, name: str) -> str | None:
 
 
 def write(name: str, rows: list[Row], folder: Path = RESULTS) -> Path:
-    """Write `folder/NAME.json`, replacing what was there; one row a line, so that a diff shows which case changed."""
+    """Write `folder/NAME.json`; one row a line, so that a diff shows which case changed.
+
+    What was there is replaced; where the schema `merges`, only rows of the same key.
+    """
     validate(rows, name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
+    form = schema.of(name)
+    if form.merges and path.is_file():
+        new = {tuple(row[field] for field in form.key): row for row in rows}
+        old = {tuple(row[field] for field in form.key): row for row in read(name, folder)}
+        rows = [new.pop(key, row) for key, row in old.items()]
+        rows += new.values()
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return path
 

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from bench import schema, zoo_table
 from bench.results import RESULTS, ROOT, Row, read
 
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[a-z0-9_]+) -->\n).*?(<!-- /bench -->)", flags=re.S)
@@ -22,6 +23,8 @@ def speed_up(row: Row) -> float | None:
 
 def render(name: str, rows: list[Row]) -> str:
     """A Markdown table of one benchmark, with the cards, versions, commits and command under it."""
+    if schema.of(name) is schema.ZOO:
+        return zoo_table.render(rows)
     origins = dict.fromkeys(
         f"{r['card']}, torch {r['torch']}, triton {r['triton']}, commit {r['commit']}, {r['date']}" for r in rows
     )
@@ -40,6 +43,8 @@ def render(name: str, rows: list[Row]) -> str:
 
 def plain(rows: list[Row]) -> str:
     """The same rows for a terminal, columns aligned."""
+    if rows and schema.of(rows[0]["bench"]) is schema.ZOO:
+        return zoo_table.plain(rows)
     cells = [("case", "ours us", "anchor us", "speed-up", "anchor")]
     for row in rows:
         ratio = speed_up(row)

@@ -15,17 +15,21 @@ import torch
 from torch import fx
 
 from dscompile import report as reports
+from dscompile import verify
 from dscompile.adapters import hf_fp8
 from dscompile.config import Config
 from dscompile.dump import Dump
 from dscompile.errors import AnalysisFailed, StrictRefusal
 from dscompile.lowering import inductor
-from dscompile.passes import fp8_free, pipeline
+from dscompile.passes import commits, fp8_free, graph_copy, pipeline
+from dscompile.passes.commits import Commits
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.fp8_refusals import KeptPrecise
+from dscompile.passes.refusals import OutOfFuel
 from dscompile.report import CompileReport
 
 log = logging.getLogger("dscompile")
+_BY_REQUEST = (KeptPrecise.__name__, OutOfFuel.__name__)  # refusals that are no fault under strict
 
 
 def dsinfra(
@@ -50,13 +54,20 @@ def dsinfra(
         DumpDirectoryError: the dump directory can't be written; nothing was compiled.
         WeightFreed: the graph reads a weight whose memory was given back under ``fp8_free``.
         StrictRefusal, AnalysisFailed: under ``strict``, where a site would be left to Inductor.
+        VerifyError: under ``strict`` and ``verify``, where a rewritten region computes something else.
     """
     config = Config.of(mode, options)
     dump = Dump(config.dump)
     report = CompileReport(device=_device(example_inputs))
-    prepared = _analyse(gm, example_inputs, config, dump, report) if config.enable else None
+    original = graph_copy.copied(gm)[0] if config.enable and config.verify else None
+    prepared, rewritten = _analyse(gm, example_inputs, config, dump, report) if config.enable else (None, Commits())
+    if original is not None and rewritten.links:
+        record, right = verify.run(gm, example_inputs, rewritten, config.strict)
+        report.records.append(record)
+        if not right:
+            gm, prepared = original, None
     report.op_counts = pipeline.op_counts(gm)
-    dump.finish(report)
+    dump.finish(report, config)
     sink(report)
     log.info("%s", report)
     fp8_free.check(gm, example_inputs)
@@ -69,25 +80,37 @@ def dsinfra(
     return compiled
 
 
-dsinfra.reset = inductor.reset  # type: ignore[attr-defined]
+def _reset() -> None:
+    """What ``torch._dynamo.reset()`` calls: fuel is counted from 0 again, and Inductor resets what is its own."""
+    commits.restart()
+    inductor.reset()
+
+
+dsinfra.reset = _reset  # type: ignore[attr-defined]
 hf_fp8.watch()  # for callers of this function that never go through the entry point
 
 
 def _analyse(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, dump: Dump, report: CompileReport
-) -> Prepared | None:
-    """Runs the passes and fills the report; -> the values that the rewritten graph takes as further inputs."""
+) -> tuple[Prepared | None, Commits]:
+    """Runs the passes and fills the report; -> what the rewritten graph takes as further inputs, and the rewrites."""
     try:
         outcome = pipeline.run(
-            gm, inputs, strict=config.strict, observe=dump.observe, fp8=config.fp8, fp8_head=config.fp8_head
+            gm,
+            inputs,
+            strict=config.strict,
+            observe=dump.observe,
+            fp8=config.fp8,
+            fp8_head=config.fp8_head,
+            fuel=config.fuel,
         )
     except Exception as error:
         raise AnalysisFailed(f"the analysis raised {type(error).__name__}: {error}") from error
-    report.records, report.sites = outcome.records, outcome.sites
+    report.records, report.sites, report.rewrites = outcome.records, outcome.sites, outcome.commits.rewrites
     if outcome.error is not None:
         report.error = f"{type(outcome.error).__name__}: {outcome.error}"
         log.warning("dsinfra: %s; this graph is left to Inductor", report.error)
-    refused = [site for site in report.refused if site.refusal != KeptPrecise.__name__]
+    refused = [site for site in report.refused if site.refusal not in _BY_REQUEST]
     if config.strict and refused:
         first = refused[0]
         raise StrictRefusal(
@@ -95,7 +118,7 @@ def _analyse(
             f"at {first.source}: {first.refusal}: {first.reason}. {first.hint}".rstrip(". ")
             + "."
         )
-    return outcome.prepared
+    return outcome.prepared, outcome.commits
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:

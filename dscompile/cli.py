@@ -1,4 +1,4 @@
-"""The `dscompile` command: `demo`, `explain` and `bench`, each a thin shell over a function of the same name.
+"""The `dscompile` command: `demo`, `explain`, `report`, `bisect` and `bench`, each a thin shell over other modules.
 
 Exit codes: 0 done, 1 refused or failed with the reason on standard error, 2 wrong usage.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import dscompile
 from dscompile._entry import BACKEND_NAME, ensure_registered
+from dscompile.config import INNER
 
 
 class UserError(Exception):
@@ -52,6 +53,22 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the configuration")
     explain.set_defaults(run=_explain)
 
+    bisect = commands.add_parser("bisect", help="name the first rewrite that makes a result wrong, or a script fail")
+    bisect.add_argument("target", help="as for explain: what each run builds anew; with --check: a Python script")
+    bisect.add_argument("arguments", nargs="*", help="the script's own arguments, behind --")
+    bisect.add_argument("--check", action="store_true", help="run the script instead: exit status 0 means good")
+    bisect.add_argument("--bar", type=float, help="largest relative error (default: twice eager's own, plus a floor)")
+    bisect.add_argument("--inner", default="inductor", choices=INNER, help="what compiles the rewritten graph")
+    bisect.add_argument("--train", action="store_true", help="as a step of training: compare gradients too")
+    bisect.add_argument("--decode", action="store_true", help="one token against a static cache, not a whole prompt")
+    bisect.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the configuration")
+    bisect.set_defaults(run=_bisect)
+
+    page = commands.add_parser("report", help="make one HTML page of a dump: sites, graphs around each pass, refusals")
+    page.add_argument("directory", type=Path, help='what options={"dump": ...} or DSINFRA_DUMP named')
+    page.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html inside it)")
+    page.set_defaults(run=_report)
+
     bench = commands.add_parser("bench", help="run one benchmark and keep its rows in bench/results/")
     bench.add_argument("name", nargs="?", help="its name or an unambiguous beginning; without it the names are listed")
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions; nothing is kept")
@@ -67,18 +84,59 @@ def _demo(parsed: argparse.Namespace) -> int:
     return demo.main(backend=parsed.backend)
 
 
-def _explain(parsed: argparse.Namespace) -> int:
-    if ":" in parsed.target:
-        model, args, kwargs = _load(parsed.target)()
-    else:
-        _need("transformers", "a model type names one of its models")
-        from dscompile import demo
+def _bisect(parsed: argparse.Namespace) -> int:
+    from dscompile import bisect
+    from dscompile.errors import BisectError
 
-        model, args, kwargs = demo.example(parsed.target, _settings(parsed.set), decode=parsed.decode)
+    script = Path(parsed.target)
+    if parsed.check and not script.is_file():
+        raise UserError(f"{parsed.target!r} is no file: --check runs a Python script, give its path.")
+    if not parsed.check and (script.suffix == ".py" or parsed.arguments):
+        raise UserError(
+            f"{parsed.target!r} names no function to compare: add --check to run a script and read its exit status, or "
+            "give file.py:function, a function without arguments that returns (model, args, kwargs)."
+        )
+    try:
+        if parsed.check:
+            bisect.script(script, parsed.arguments)
+        else:
+            make = _maker(parsed)
+            bisect.model(make, inner=parsed.inner, bar=parsed.bar, train=parsed.train)
+    except BisectError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _maker(parsed: argparse.Namespace) -> Callable[[], tuple[Any, Sequence[Any], dict[str, Any]]]:
+    """What builds (model, args, kwargs) of a target: a function of the user's, or an example by its model type."""
+    if ":" in parsed.target:
+        return _load(parsed.target)
+    _need("transformers", "a model type names one of its models")
+    from dscompile import demo
+
+    return lambda: demo.example(parsed.target, _settings(parsed.set), decode=parsed.decode)
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    model, args, kwargs = _maker(parsed)()
     import torch
 
     with torch.set_grad_enabled(parsed.train):
         print(dscompile.explain(model, *args, **kwargs))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from dscompile import report_page
+    from dscompile.errors import ReportError
+
+    try:
+        file, found = report_page.write(parsed.directory, parsed.output)
+    except ReportError as error:
+        raise UserError(f"{error}.") from error
+    for why in found.broken:
+        print(f"left out: {why}", file=sys.stderr)
+    print(file)
     return 0
 
 

@@ -15,8 +15,7 @@ from dscompile.errors import OptionError
 
 INNER = ("inductor", "aot_eager", "eager")
 FP8 = ("block",)
-_FLAGS = ("strict", "enable", "fp8_head", "fp8_free")
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_FLAGS = ("strict", "enable", "fp8_head", "fp8_free", "verify")
 
 
 @dataclass(frozen=True)
@@ -31,37 +30,35 @@ class Config:
     fp8: str | None = None  #: "block" computes 16-bit linear layers and experts in block-scaled FP8 (inference only).
     fp8_head: bool = False  #: Under fp8, quantise also the layer whose result leaves the graph: the vocabulary's head.
     fp8_free: bool = False  #: Under fp8, give back the memory of quantised weights: compiled calls alone remain.
+    fuel: int | None = None  #: Apply only the first n rewrites of the process, to find a wrong one; None: all.
+    verify: bool = False  #: At its compilation, run each rewritten region beside the original and compare.
     inductor: Mapping[str, Any] = field(default_factory=dict)  #: Settings passed on to Inductor.
 
     @classmethod
     def of(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
         """Settings from torch.compile's ``mode`` and ``options`` and from the environment; raises OptionError."""
+        from dscompile import options as options_
+        from dscompile.lowering import inductor
+
         values = _from_environment()
         own = {f.name: f.type for f in fields(cls) if f.name != "inductor"}
         passed: dict[str, Any] = {}
         for name, value in (options or {}).items():
             if name in own:
                 values[name] = _checked(name, value, f"options[{name!r}]")
-            elif _is_inductor(name):
+            elif inductor.is_option(name):
+                options_.check_inductor(name, value)
                 passed[name] = value
             else:
-                raise OptionError(
-                    f"options[{name!r}] is neither an option of dsinfra nor a setting of Inductor. Options of dsinfra "
-                    f"are {', '.join(sorted(own))}; Inductor's are listed by torch._inductor.list_options()."
-                )
+                raise options_.unknown(name, own)
         if mode is not None:
             values["mode"] = _checked("mode", mode, "mode")
+        options_.check_together(mode, options or {}, passed, values.get("fp8"))
         return cls(**values, inductor=passed)
 
     def key(self) -> str:
         """What of the settings changes generated code, for the caches' keys."""
-        return f"enable={self.enable}"
-
-
-def _is_inductor(name: str) -> bool:
-    from dscompile.lowering.inductor import is_option
-
-    return is_option(name)
+        return f"enable={self.enable}" + ("" if self.fuel is None else f",fuel={self.fuel}")
 
 
 def _from_environment() -> dict[str, Any]:
@@ -73,6 +70,8 @@ def _from_environment() -> dict[str, Any]:
             value: Any = text
             if name in _FLAGS:
                 value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower(), text)
+            elif name == "fuel":
+                value = int(text) if text.isdecimal() else text
             found[name] = _checked(name, value, variable)
     return found
 
@@ -80,12 +79,17 @@ def _from_environment() -> dict[str, Any]:
 def _checked(name: str, value: Any, where: str) -> Any:
     if name == "inner" and value not in INNER:
         raise OptionError(f"{where} is {value!r}; allowed are {', '.join(INNER)}.")
-    if name == "mode" and value is not None and value not in MODES:
-        raise OptionError(f"{where} is {value!r}; allowed are {', '.join(MODES)}.")
+    if name == "mode" and value is not None:
+        from dscompile.lowering.inductor import modes
+
+        if value not in modes():
+            raise OptionError(f"{where} is {value!r}; allowed are {', '.join(modes())}.")
     if name == "fp8" and value is not None and value not in FP8:
         raise OptionError(f"{where} is {value!r}; allowed are {', '.join(FP8)}, or None.")
     if name in _FLAGS and not isinstance(value, bool):
         raise OptionError(f"{where} is {value!r}; it must be True or False.")
+    if name == "fuel" and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise OptionError(f"{where} is {value!r}; it must be a number of rewrites, 0 or more, or None for all.")
     if name == "dump" and value is not None and not isinstance(value, (str, os.PathLike)):
         raise OptionError(f"{where} is {value!r}; it must be the path of a directory, or None.")
     return value

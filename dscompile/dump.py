@@ -3,24 +3,35 @@
 Layout, under the directory of ``DSINFRA_DUMP`` or ``options={"dump": ...}``::
 
     graph_000/00_shadow.after.txt  01_recognize_mla.before.txt  ....after.txt  ....diff  record.json  explain.txt
+              graphs.json
 
-The same texts go to ``torch._logging.trace_structured``, so that ``tlparse`` shows them beside torch's own artifacts.
+``graphs.json`` (``snapshots.py``) holds all graphs once more, compactly, with the source lines that nodes point at:
+what ``dscompile report`` draws (``docs/report.md``).
+
+The texts also go to ``torch._logging.trace_structured``, so that ``tlparse`` shows them beside torch's own artifacts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
 import os
+from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import fx
 from torch._logging import trace_structured
 
+import dscompile
+from dscompile.config import Config
 from dscompile.errors import DumpDirectoryError
+from dscompile.passes.graph import source_line
 from dscompile.passes.pipeline import NUMBERS
+from dscompile.snapshots import Snapshots, parts
 
 if TYPE_CHECKING:
     from dscompile.report import CompileReport
@@ -32,11 +43,14 @@ class Dump:
     def __init__(self, directory: str | None):
         self.directory = _claim(Path(directory)) if directory else None
         self._before: dict[str, str] = {}
+        self._snapshots = Snapshots()
 
     def observe(self, name: str, stage: str, module: fx.GraphModule) -> None:
         """Called by the pipeline around each pass."""
         if self.directory is None and not _tracing():
             return
+        if self.directory is not None:
+            self._snapshots.add(name, stage, module)
         text = readable(module)
         prefix = f"{NUMBERS[name]:02d}_{name}"
         self._write(f"{prefix}.{stage}.txt", text)
@@ -47,10 +61,14 @@ class Dump:
             lines = difflib.unified_diff(before, text.splitlines(keepends=True), "before", "after", n=2)
             self._write(f"{prefix}.diff", "".join(lines))
 
-    def finish(self, report: CompileReport) -> None:
-        """The record of all passes."""
-        self._write("record.json", json.dumps(report.as_dict(), indent=1))
+    def finish(self, report: CompileReport, config: Config) -> None:
+        """The record of all passes, and under which settings and versions it was made."""
+        record = report.as_dict() | {"settings": _settings(config), "versions": versions()}
+        self._write("record.json", json.dumps(record, indent=1))
         self._write("explain.txt", str(report) + "\n")
+        if self.directory is not None:
+            graphs = json.dumps(self._snapshots.as_dict(), separators=(",", ":"))
+            (self.directory / "graphs.json").write_text(graphs)
 
     def _write(self, name: str, text: str) -> None:
         if self.directory is not None:
@@ -60,6 +78,22 @@ class Dump:
             metadata_fn=lambda: {"name": f"dsinfra_{name}", "encoding": "json" if name.endswith(".json") else "string"},
             payload_fn=lambda: text,
         )
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Those that differ from the defaults."""
+    default, own = Config(), [f.name for f in fields(config) if f.name not in ("inductor", "dump")]
+    changed = {name: getattr(config, name) for name in own if getattr(config, name) != getattr(default, name)}
+    return changed | {name: str(value) for name, value in config.inductor.items()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is compiled, those that are installed."""
+    found = {"dscompile": dscompile.__version__}
+    for name in ("torch", "triton", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _claim(root: Path) -> Path:
@@ -96,15 +130,7 @@ def readable(module: fx.GraphModule) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    from dscompile.passes.graph import source_line
-
-    value = node.meta.get("example_value", node.meta.get("val"))
-    shape = ""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        shape = f": {str(value.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in value.shape)}]"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_function" and hasattr(node.target, "_schema"):
-        target = str(node.target)
-    args = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+    kind, call, arguments = parts(node)
     line = source_line(node)
-    return f"  {node.name}{shape} = {target}({args})" + (f"  # {line}" if line != "?" else "")
+    left = f"{node.name}: {kind}" if kind else node.name
+    return f"  {left} = {call}({arguments})".replace("\0", "") + (f"  # {line}" if line != "?" else "")

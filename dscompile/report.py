@@ -9,9 +9,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dscompile.passes.record import PassRecord, Site
+
+if TYPE_CHECKING:
+    from dscompile.passes.commits import Rewrite
 
 _LOCK = threading.Lock()
 _REPORTS: list[CompileReport] = []
@@ -24,6 +27,7 @@ class CompileReport:
     records: list[PassRecord] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     op_counts: dict[str, int] = field(default_factory=dict)
+    rewrites: list[Rewrite] = field(default_factory=list)
     error: str = ""
     device: str = ""
 
@@ -40,11 +44,17 @@ class CompileReport:
     def refused(self) -> list[Site]:
         return [s for s in self.sites if not s.matched]
 
+    @property
+    def near_misses(self) -> list[Site]:
+        """What looks like a site and is none, where that is worth a line."""
+        return [s for r in self.records for s in r.near_misses]
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "device": self.device,
             "error": self.error,
             "op_counts": self.op_counts,
+            "rewrites": [r.as_dict() for r in self.rewrites],
             "passes": [r.as_dict() for r in self.records],
         }
 
@@ -125,37 +135,65 @@ def table(graphs: list[CompileReport]) -> str:
         lines = [f"graph {number}" + (f" on {graph.device}" if graph.device else "")]
         if graph.error:
             lines.append(f"  analysis stopped, the rest is Inductor's: {graph.error}")
+        lines += [f"  not looked at: {r.note}" for r in graph.records if r.name == "shadow" and r.note]
         for key, sites in _grouped(graph.sites).items():
             lines.extend(_entry(key, sites))
         if not graph.sites:
             lines.append("  no attention, expert layer or FP8 layer found")
+        lines.extend(_near(graph))
         blocks.append("\n".join(lines))
     return "\n".join(blocks) if blocks else "nothing was compiled"
 
 
 _SHOWN = ("source", "form", "mask", "decision", "kernel", "reason", "hint")
+_ORDER = ("source", "form", "mask", "decision", "closest", "kernel", "reason", "hint")
 
 
 def _grouped(sites: list[Site]) -> dict[tuple, list[Site]]:
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
-        key = (site.kind, site.matched, site.refusal, *(getattr(site, f) for f in _SHOWN))
+        proof = () if site.matched else (site.closest, *site.proved)
+        key = (site.kind, site.matched, site.refusal, proof, *(getattr(site, f) for f in _SHOWN))
         groups.setdefault(key, []).append(site)
     return groups
 
 
 def _entry(key: tuple, sites: list[Site]) -> list[str]:
-    kind, matched, refusal, *shown = key
+    kind, matched, refusal, _, *shown = key
     names = [site.module_path or "(top)" for site in sites]
     count = f"{len(names)} x " if len(names) > 1 else ""
     where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
     head = f"  {count}{kind} {'lowered' if matched else f'refused ({refusal})'}: {where}"
     lines = [head]
-    lines += [f"      {name:9s}{value}" for name, value in zip(_SHOWN, shown, strict=True) if value and value != "?"]
-    if any(site.errors for site in sites):
-        largest = {what: max(site.errors[what] for site in sites) for what in sites[0].errors}
-        lines.append("      errors   " + ", ".join(f"{what} {100 * e:.1f} %" for what, e in largest.items()))
+    texts = dict(zip(_SHOWN, shown, strict=True))
+    if not matched:  # of a match, the form says it
+        texts["closest"] = _how_far(sites[0])
+    lines += [f"      {name:9s}{texts[name]}" for name in _ORDER if texts.get(name, "?") not in ("", "?")]
+    largest = {what: max(s.errors[what] for s in sites if what in s.errors) for s in sites for what in s.errors}
+    if largest:
+        lines.append("      errors   " + ", ".join(f"{what} {_percent(e)}" for what, e in largest.items()))
     return lines
+
+
+def _how_far(site: Site) -> str:
+    """What a refused site was tried as, and the last fact that held; all of them stand in the record."""
+    if not site.proved:
+        return site.closest
+    count = f"{len(site.proved)} facts held" if len(site.proved) > 1 else "one fact held"
+    return f"{site.closest}; {count}, the last: {site.proved[-1]}"
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.1f} %" if error >= 1e-3 or error == 0 else f"{error:.1e}"
+
+
+def _near(graph: CompileReport) -> list[str]:
+    """A line for what looks like a site and is none; equal ones share it."""
+    counts = Counter((s.closest, s.source, s.refusal, s.reason) for s in graph.near_misses)
+    return [
+        f"  near miss{f' ({n} x)' if n > 1 else ''} at {source}: {closest}; but {reason} ({refusal})"
+        for (closest, source, refusal, reason), n in counts.items()
+    ]
 
 
 def summary(graphs: list[CompileReport]) -> str:

@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import getpass
 import glob
 import hashlib
 import importlib.util
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -95,26 +97,37 @@ def compile_cubin(sources: Mapping[str, str], options: Sequence[str]) -> bytes:
     """Machine code for sm_90a of a program; compiled once for each set of sources, options and compiler.
 
     sources: file name -> text; the first is compiled, the others are what it may include. options: NVRTC's. The cache
-    is the folder $DSINFRA_CACHE_DIR/cubin (default ~/.cache/dscompile/cubin). Raises NvrtcError with the log.
+    is :func:`cache_folder`. Raises NvrtcError with the log.
     """
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *options]
     words = [repr(nvrtc_version()), *options, *(word for pair in sources.items() for word in pair)]
     key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
-    path = os.path.join(_cache_folder(), f"{key}.cubin")
+    path = os.path.join(cache_folder(), f"{key}.cubin")
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read()
     cubin, _ = compile_with_log(sources, options)
     with contextlib.suppress(OSError):  # a cache that can't be written is no error
-        os.makedirs(_cache_folder(), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=_cache_folder(), delete=False) as file:
+        os.makedirs(cache_folder(), exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_folder(), delete=False) as file:
             file.write(cubin)
         os.replace(file.name, path)  # at once, so that no other process sees half a file
     return cubin
 
 
-def _cache_folder() -> str:
-    root = os.environ.get("DSINFRA_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "dscompile")
-    return os.path.join(root, "cubin")
+def cache_folder() -> str:
+    """Where binaries are kept: in the folder of torch's compiler, or where $DSINFRA_CACHE_DIR says.
+
+    Torch's is $TORCHINDUCTOR_CACHE_DIR, by default one of the user's in the temporary folder.
+    """
+    root = os.environ.get("DSINFRA_CACHE_DIR") or os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not root:
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a number without an entry, as in many containers
+            user = f"uid_{os.getuid()}"
+        user = re.sub(r'[\\/:*?"<>|]', "_", user)
+        root = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    return os.path.join(root, "dsinfra_cubin")
 
 
 def compile_with_log(sources: Mapping[str, str], options: Sequence[str]) -> tuple[bytes, str]:

@@ -15,6 +15,7 @@ D width, F expert width, E experts, K experts a token. Times in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,6 +131,14 @@ def absorbed_cost(
     return absorb + _roofline(2 * scores * (2 * C + R), card.latent_attention, traffic, card)
 
 
+def mla_costs(*, causal: bool = True, masked: bool = False, length: bool = False, **sizes: Any) -> dict[str, float]:
+    """Seconds of both forms, ``absorbed`` and ``expanded``, at the sizes and under the mask of `prefer_absorbed`."""
+    return {
+        "absorbed": absorbed_cost(**sizes, causal=causal and not masked),
+        "expanded": expanded_cost(**sizes, causal=causal, masked=masked or length),
+    }
+
+
 def prefer_absorbed(
     B: int,
     S: int,
@@ -152,8 +161,9 @@ def prefer_absorbed(
     the mask is proved to be a length, which the absorbed form reads instead of it while the expanded form still needs
     the operand. For inference only: the absorbed form has no gradient, so a caller that trains doesn't ask.
     """
-    absorbed = absorbed_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal and not masked)
-    expanded = expanded_cost(B, S, T, H, N, R, V, C, dtype_bytes, card, causal=causal, masked=masked or length)
+    sizes = dict(B=B, S=S, T=T, H=H, N=N, R=R, V=V, C=C, dtype_bytes=dtype_bytes, card=card)
+    costs = mla_costs(**sizes, causal=causal, masked=masked, length=length)  # type: ignore[arg-type]
+    absorbed, expanded = costs["absorbed"], costs["expanded"]
     many = S > _FEW_QUERIES
     better = absorbed < expanded * (_MARGIN if many else 1.0)
     mask = ", with a mask operand" if masked else ", with a mask operand unless absorbed" if length else ""

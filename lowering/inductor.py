@@ -2,9 +2,9 @@
 
 | use | torch 2.11 | torch 2.13 |
 |---|---|---|
-| ``compile_fx(gm, inputs, config_patches=...)`` | yes | yes (one more parameter, unused) |
-| ``CustomGraphPass`` with ``uuid()`` as ``post_grad_custom_post_pass`` | yes | yes (a list is allowed too, not used) |
-| ``list_mode_options`` (public) | yes | yes |
+| ``compile_fx(gm, inputs, inner_compile, config_patches=...)`` | yes | yes (one more parameter, unused) |
+| ``CustomGraphPass`` with ``uuid()`` as ``post_grad_custom_post_pass`` | one | one or a list |
+| ``list_mode_options``, ``list_options`` (public), ``config.get_type`` | yes | yes |
 | ``_dynamo_source`` and ``meta["tensor_dict"]`` of Dynamo's inputs, ``TracingContext.tensor_to_context`` | yes | yes |
 | ``torch._C._AutoDispatchBelowAutograd``, on which ``torch.library``'s own autograd kernels are built | yes | yes |
 """
@@ -15,18 +15,20 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import fx
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 HOOK = "post_grad_custom_post_pass"
+TAKES_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")  # whether a hook may hold several passes
 
 
 @functools.cache
 def sources_digest() -> str:
-    """Hash of every source file of the package, of torch's and Triton's versions: what the caches must depend on.
+    """Hash of every source file of the package (its version is in one) and of torch's version, for the caches' keys.
 
     torch keys its compiled graphs on the rewritten graph, which names our operators but not their shape functions,
     backward formulas or kernels: without this digest an edit of those would be served from an old entry.
@@ -43,51 +45,101 @@ def sources_digest() -> str:
 
 
 class Stamp(CustomGraphPass):
-    """A pass that changes nothing: it carries our digest into torch's cache keys and runs the user's own pass.
+    """A pass that changes nothing: it carries our digest into the keys of torch's caches, behind the user's passes."""
 
-    ``inner`` is the pass that was configured before; if it has no ``uuid`` torch can't cache, as without us.
-    """
-
-    def __init__(self, key: str, inner: Any = None):
-        self.key, self.inner = key, inner
+    def __init__(self, key: str):
+        self.key = key
 
     def __call__(self, graph: fx.Graph) -> None:
-        for one in self.inner if isinstance(self.inner, (list, tuple)) else (self.inner,):
-            if one is not None:
-                one(graph)
+        pass
+
+    def uuid(self) -> str:
+        return f"dsinfra:{self.key}"
+
+
+class Chain(CustomGraphPass):
+    """Several passes as one, for a torch whose setting holds a single one.
+
+    If one of them has no ``uuid`` torch can't cache, as without us.
+    """
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]):
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.passes:
+            one(graph)
 
     def uuid(self) -> Any:
-        keys = [self.key]
-        for one in self.inner if isinstance(self.inner, (list, tuple)) else (self.inner,):
-            if one is not None:
-                inner = one.uuid() if hasattr(one, "uuid") else None
-                if inner is None:
-                    return None
-                keys.append(str(inner))
-        return "dsinfra:" + ":".join(keys)
+        keys = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if None in keys else tuple(keys)
+
+
+def stamped(passes: Any, stamp: Stamp) -> Any:
+    """A value of the setting :data:`HOOK`: the passes that it held, each as it was, and the stamp behind them."""
+    held = passes.passes if isinstance(passes, Chain) else passes
+    held = held if isinstance(held, (list, tuple)) else () if held is None else (held,)
+    every = [*(one for one in held if not isinstance(one, Stamp)), stamp]
+    if TAKES_LISTS:
+        return every
+    return stamp if len(every) == 1 else Chain(every)
+
+
+def modes() -> list[str]:
+    """The modes that this torch has."""
+    return list(torch._inductor.list_mode_options())
+
+
+def option_names() -> list[str]:
+    """Every setting of Inductor."""
+    return torch._inductor.list_options()
 
 
 def is_option(name: str) -> bool:
     """True if Inductor has a setting of this name (dots or underscores as Inductor accepts them)."""
-    return name.replace("-", "_") in torch._inductor.config.get_config_copy()
+    return name.replace("-", "_") in option_names()
 
 
-def patches(mode: str | None, options: dict[str, Any], key: str) -> dict[str, Any]:
-    """Inductor settings of one compilation: the mode's, the user's own, and our stamp."""
+def wanted_type(name: str, value: Any) -> str:
+    """What a value must be for Inductor to take it under this name; empty if it is that, or if Inductor can't tell."""
+    wanted = torch._inductor.config.get_type(name.replace("-", "_"))  # type: ignore[attr-defined]
+    if get_origin(wanted) is not None or isinstance(value, wanted):
+        return ""
+    return getattr(wanted, "__name__", str(wanted))
+
+
+def settings(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor settings of one compilation: the mode's, and over them the user's own."""
     found = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    found |= {name.replace("-", "_"): value for name, value in options.items()}
-    before = found.get(HOOK, getattr(torch._inductor.config, HOOK))
-    found[HOOK] = Stamp(sources_digest() + key, before)
-    return found
+    return found | {name.replace("-", "_"): value for name, value in options.items()}
 
 
 def compile_graph(
     module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any], key: str
 ) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on a rewritten graph, under settings of this call alone."""
-    from torch._inductor.compile_fx import compile_fx
+    """AOTAutograd and Inductor on a rewritten graph, under settings of this call alone.
 
-    return compile_fx(module, inputs, config_patches=patches(mode, options, key))  # type: ignore[return-value]
+    The stamp is added to whatever passes are set when a graph is compiled: a backward is compiled later than its
+    forward, and under the settings of that moment, as without us.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    stamp = Stamp(sources_digest() + key)
+
+    def stamp_set() -> Any:
+        return config.patch({HOOK: stamped(getattr(config, HOOK), stamp)})
+
+    @functools.wraps(compile_fx_inner)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with stamp_set():
+            return compile_fx_inner(*args, **kwargs)
+
+    found = settings(mode, options)
+    if HOOK in found:
+        found[HOOK] = stamped(found[HOOK], stamp)
+    with stamp_set():
+        return compile_fx(module, inputs, inner_compile=inner, config_patches=found)  # type: ignore[return-value]
 
 
 def below_autograd() -> Any:

@@ -11,12 +11,16 @@ cache's tensors with their strides, or the pages of a paged one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from dscompile.lowering import heuristics
+from dscompile.passes import commits
 from dscompile.passes.bind import Bindings, Read, decode_mask
 from dscompile.passes.emit import Emitter
+from dscompile.passes.graph import settle
 from dscompile.passes.record import PassRecord
 from dscompile.passes.refusals import Refusal, Unsupported
 from dscompile.passes.structure import Pages, Structure
@@ -34,21 +38,27 @@ def run(bound: list[Bindings]) -> PassRecord:
     """Absorbs every bound site where it pays; the others keep ``mla`` with the reason in their decision."""
     record = PassRecord(NAME)
     lengths: dict[tuple, tuple[fx.Node | None, fx.Node]] = {}
-    for site in bound:
-        if not isinstance(site.structure, Structure):
-            continue
-        record.sites.append(site.site)
-        try:
-            reason = _refuse(site)
-            better, why = (False, reason) if reason else _cheaper(site)
-            site.site.decision = f"mla: {why}"
-            if better:
-                _absorb(site, lengths)
-                pages = ", pages read in place" if site.pages is not None else ""
-                site.site.decision = f"mla_decode: {why}{pages}"
-        except Refusal as refusal:
-            site.site.decision = f"mla: expanded, {refusal.found}"
+    try:
+        for site in bound:
+            if isinstance(site.structure, Structure):
+                record.sites.append(site.site)
+                _decide(site, lengths)
+    finally:  # also what was written before a failure
+        settle(site.module for site in bound)
     return record
+
+
+def _decide(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]) -> None:
+    try:
+        reason = _refuse(site)
+        better, why = (False, reason) if reason else _cheaper(site)
+        site.site.decision = f"mla: {why}"
+        if better:
+            _absorb(site, lengths)
+            pages = ", pages read in place" if site.pages is not None else ""
+            site.site.decision = f"mla_decode: {why}{pages}"
+    except Refusal as refusal:
+        site.site.decision = f"mla: expanded, {refusal.found}"
 
 
 def _refuse(site: Bindings) -> str:
@@ -63,7 +73,7 @@ def _cheaper(site: Bindings) -> tuple[bool, str]:
     q_nope, q_rope, latent, _, w_uk, w_uv = (n.meta["example_value"] for n in site.node.args[:6])
     batch, heads, queries, nope = (hint(s) for s in q_nope.shape)
     keys, rank = hint(latent.shape[1]), hint(latent.shape[2])
-    return heuristics.prefer_absorbed(
+    sizes: dict[str, Any] = dict(
         B=batch,
         S=queries,
         T=keys,
@@ -78,10 +88,13 @@ def _cheaper(site: Bindings) -> tuple[bool, str]:
         causal=site.mask.kind == "causal",
         card=heuristics.card_for(q_nope.device),
     )
+    site.site.predicted = heuristics.mla_costs(**sizes)
+    return heuristics.prefer_absorbed(**sizes)
 
 
 def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]) -> None:
     """Writes the absorbed form behind the operator and lets its readers use it."""
+    commits.current().permit()
     q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal = site.node.args
     e = Emitter(site.node)
     try:
@@ -109,11 +122,10 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
     if mask is not None:
         lengths[key] = counted
     site.out.replace_all_uses_with(o)
-    site.module.graph.erase_node(site.out)
-    site.module.graph.erase_node(site.node)  # ours, pure, and without readers now
+    commits.current().add([site.site, *site.twins], [(site.out, o)], e.made)
+    for dead in (site.out, site.node):  # ours, pure, and without readers now
+        commits.current().erase(dead)
     site.node, site.out = node, o
-    site.module.graph.lint()
-    site.module.recompile()
 
 
 def _paged(e: Emitter, pages: tuple[Read, Read], structure: Structure) -> tuple[fx.Node, fx.Node, fx.Node]:

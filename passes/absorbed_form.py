@@ -45,6 +45,7 @@ def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> Absorb
     if any("h" in t.right.labels for t in terms) or "h" in value.labels:
         raise Unsupported("two score terms, but keys with a head dimension", attention.softmax)
     rank, dtype = attention.size("v", sizes.shape), attention.dtype
+    attention.trail.holds("keys and values have no head dimension")
 
     def whole(operand: Operand, position: str, heads: int, width: int, reader: fx.Node):
         batch, length = (sizes.shape(operand.node)[operand.labels.index(c)] for c in ("b", position))
@@ -60,6 +61,7 @@ def prove_absorbed(memory: Memory, sizes: Sizes, attention: Attention) -> Absorb
             break
     else:
         raise DifferentLatents("neither of the two keys is the values' latent", value.node)
+    attention.trail.holds("one of the two keys is the values' latent")
     heads, turn = attention.size("h", sizes.shape), width(rotated.right)
     return AbsorbedForm(
         heads=heads,

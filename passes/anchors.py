@@ -3,7 +3,7 @@
 :func:`find` yields each attention of a shadow graph as an :class:`Attention`: one or more bilinear score terms, a
 scale, a mask, the values and the output, all with *labelled* dimensions (b, h, s, t, d), so that the provers never ask
 whether it was written with ``scaled_dot_product_attention``, ``matmul`` or ``einsum``. Two score terms are DeepSeek's
-absorbed form. A softmax that feeds no second product is no attention (a router) and is skipped.
+absorbed form. A softmax that feeds no second product is no attention (a router): :class:`NotAttention`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dscompile.passes.refusals import (
     SoftmaxSink,
     Unsupported,
 )
+from dscompile.passes.trail import Trail
 
 aten = torch.ops.aten
 
@@ -84,6 +85,7 @@ class Attention:
     finite: bool = False  # hidden scores are set to a finite number: a row that sees nothing averages all values
     causal: bool = False
     form: str = "sdpa"
+    trail: Trail = field(default_factory=Trail, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,18 +106,19 @@ Found = Attention | Refusal
 def find(graph: fx.Graph, memory: Memory) -> Iterator[tuple[fx.Node, Found]]:
     """(anchor, Attention or the Refusal that explains why it isn't one) for each softmax and SDPA, in graph order."""
     for node in graph.nodes:
+        trail = Trail("attention by scaled_dot_product_attention")
         try:
             if node.target is aten.scaled_dot_product_attention.default:
-                yield node, _sdpa(node)
+                yield node, _sdpa(node, trail)
             elif node.target in SOFTMAX:
-                yield node, _Reader(memory).softmax(node)
-        except NotAttention:
-            continue
+                trail.closest = "attention written out around a softmax"
+                yield node, _Reader(memory, trail).softmax(node)
         except Refusal as refusal:
+            refusal.trail = trail
             yield node, refusal
 
 
-def _sdpa(node: fx.Node) -> Attention:
+def _sdpa(node: fx.Node, trail: Trail) -> Attention:
     q, k, v = node.args[:3]
     dropout = argument(node, 4, "dropout_p", 0.0)
     if dropout:
@@ -123,6 +126,7 @@ def _sdpa(node: fx.Node) -> Attention:
     ranks = {x.meta["val"].dim() for x in (q, k, v)}
     if ranks != {4}:
         raise Unsupported(f"attention over tensors of {ranks} dimensions", node)
+    trail.holds("scores are scale * q.k + mask, without dropout")
     scale = argument(node, 6, "scale")
     width = q.meta["val"].shape[-1]
     return Attention(
@@ -134,6 +138,7 @@ def _sdpa(node: fx.Node) -> Attention:
         scale=float(width) ** -0.5 if scale is None else float(scale),  # type: ignore[arg-type]
         mask=argument(node, 3, "attn_mask"),  # type: ignore[arg-type]
         causal=bool(argument(node, 5, "is_causal", False)),
+        trail=trail,
     )
 
 
@@ -153,19 +158,21 @@ class _Scores:
 class _Reader:
     """Reads one softmax: up through the scores, down to the product with the values."""
 
-    def __init__(self, memory: Memory):
-        self.memory = memory
+    def __init__(self, memory: Memory, trail: Trail):
+        self.memory, self.trail = memory, trail
 
     def softmax(self, node: fx.Node) -> Attention:
         source = node.args[0]
         rank = source.meta["val"].dim()
         out, value, result = self.consumer(node, rank)
+        self.trail.holds("the softmax is multiplied with values, and nothing else reads it")
         if int(node.args[1]) % rank != rank - 1:
             raise Unsupported("softmax over another dimension than the last", node)
         scores = self.scores(source, self.memory.position[node])
         labels = scores.labels
         if len(labels) != rank:
             raise Unsupported(f"a mask of {rank} dimensions", node)
+        self.trail.holds(f"scores are scale * {'q.k' if len(scores.terms) == 1 else '(q.k + q.k)'} + mask")
         return Attention(
             softmax=node,
             out=out,
@@ -178,6 +185,7 @@ class _Reader:
             inverted=scores.inverted,
             finite=scores.finite,
             form="eager" if len(scores.terms) == 1 else "absorbed",
+            trail=self.trail,
         )
 
     def intact(self, node: fx.Node, time: int) -> None:

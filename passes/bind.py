@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from dscompile.passes import fp8_values
+from dscompile.passes import commits, fp8_values
 from dscompile.passes.absorbed_form import AbsorbedForm
 from dscompile.passes.emit import Emitter, window
 from dscompile.passes.fp8_prepared import Prepared
@@ -76,12 +76,18 @@ class Binder:
         self._order: dict[fx.GraphModule, dict[fx.Node, int]] = {}
 
     def write(self, owner: Owner, matches: list[Match]) -> Bindings:
-        """Replaces the Dynamo node ``owner`` of one or more (identical) matches; raises a Refusal, graph untouched."""
+        """Replaces the Dynamo node ``owner`` of one or more (identical) matches; raises a Refusal, graph untouched.
+
+        The caller recompiles the module (:func:`dscompile.passes.graph.settle`).
+        """
         plans = [self._plan(owner, match) for match in matches]
         kinds = {(m.mask.kind, m.attention.scale, m.attention.result, m.attention.inverted) for m in matches}
         if len(kinds) > 1 or any(plan != plans[0] for plan in plans):
             raise UnboundValue("the runs of one shared body bind to different values", matches[0].anchor)
+        for match in matches:
+            match.attention.trail.holds("every operand can be read, unchanged, where the attention is")
         match, plan = matches[0], plans[0]
+        commits.current().permit()
         emitter = Emitter(owner.node)
         try:
             if isinstance(match.structure, AbsorbedForm):
@@ -96,8 +102,7 @@ class Binder:
             emitter.undo()
             raise Unsupported(f"the operator could not be written: {error}", match.anchor) from error
         owner.node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in emitter.made)
-        owner.module.graph.lint()
-        owner.module.recompile()
+        commits.current().add([m.site for m in matches], [(owner.node, replacement)], emitter.made)
         bound.twins = [m.site for m in matches[1:]]
         return bound
 
@@ -121,6 +126,8 @@ class Binder:
             if held is None:
                 raise UnboundValue("the key has no tensor in the graph of the attention", structure.keys[0])
             plan["keys"] = Read(held, structure.keys[1])
+        if self.training and not self.memory.unchanged(match.attention.out, time + 1, self._until(time)):
+            raise MutatedOperand("the result is changed in place, and the backward reads it", match.attention.out)
         if match.mask.kind in ("length", "operand"):
             softmax = self.memory.position[match.attention.softmax]
             node = match.mask.node
@@ -129,11 +136,21 @@ class Binder:
 
     def _held(self, owner: Owner, node: fx.Node) -> fx.Node | None:
         """Dynamo node of the owner's graph that holds a shadow value, if it comes before the anchor."""
-        order = self._order.setdefault(owner.module, {n: i for i, n in enumerate(owner.module.graph.nodes)})
+        if owner.module not in self._order:
+            self._order[owner.module] = {n: i for i, n in enumerate(owner.module.graph.nodes)}
+        order = self._order[owner.module]
         held = self.shadow.owner_in(node, owner.module)
         if held is None or order.get(held, -1) > order[owner.node]:
             return None
         return held
+
+    def _until(self, time: int) -> int:
+        """When an operand is read last: at the attention, or in its backward, behind every write of the graph."""
+        return len(self.memory.position) if self.training else time
+
+    @property
+    def _last(self) -> str:
+        return "attention's backward" if self.training else "attention"
 
     def _choose(self, owner: Owner, name: str, slots: tuple[Slot, ...], time: int) -> Read:
         overwritten = None
@@ -141,19 +158,19 @@ class Binder:
             held = self._held(owner, slot.node)
             if held is None:
                 continue
-            if self.memory.unchanged(slot.node, slot.time, time):
+            if self.memory.unchanged(slot.node, slot.time, self._until(time)):
                 return Read(held, replace(slot, node=held, time=0))
             overwritten = slot.node
         if overwritten is not None:
-            raise MutatedOperand(f"`{name}` is overwritten between its use and the attention", overwritten)
+            raise MutatedOperand(f"`{name}` is overwritten between its use and the {self._last}", overwritten)
         raise UnboundValue(f"`{name}` has no tensor in the graph of the attention", slots[0].node)
 
     def _rows(self, owner: Owner, name: str, rows: Rows, time: int) -> Read:
         held = self._held(owner, rows.node)
         if held is None:
             raise UnboundValue(f"the weight `{name}` has no tensor in the graph of the attention", rows.node)
-        if not self.memory.unchanged(rows.node, rows.time, time):
-            raise MutatedOperand(f"the weight `{name}` is overwritten before the attention", rows.node)
+        if not self.memory.unchanged(rows.node, rows.time, self._until(time)):
+            raise MutatedOperand(f"the weight `{name}` is overwritten before the {self._last}", rows.node)
         scale = None
         if rows.scale is not None:
             scale = self._held(owner, rows.scale)
@@ -299,7 +316,7 @@ class Binder:
     def _laid_out(self, e: Emitter, out: fx.Node, like: torch.Tensor) -> fx.Node:
         """``out`` copied into the strides of ``like``, if those are a dense tensor's with its dimensions permuted."""
         for order in itertools.permutations(range(like.dim())):
-            if expressions(like.stride(i) for i in order) == _packed([like.shape[i] for i in order]):
+            if expressions(like.stride(i) for i in order) == packed([like.shape[i] for i in order]):
                 dense = e.call(aten.contiguous.default, e.call(aten.permute.default, out, order))
                 return e.call(aten.permute.default, dense, [order.index(i) for i in range(like.dim())])
         raise Unsupported("the attention's result is no dense tensor, and its strides are relied on")
@@ -353,13 +370,13 @@ def expressions(sizes: Iterable[int | torch.SymInt]) -> list[object]:
     return [_expr(s) for s in sizes]
 
 
-def _packed(shape: Sequence[int | torch.SymInt]) -> list[object]:
+def packed(shape: Sequence[int | torch.SymInt]) -> list[object]:
     """Strides of a contiguous tensor of this shape."""
     strides: list[object] = []
     step: object = 1
     for size in reversed(shape):
         strides.insert(0, step)
-        step = step * _expr(size)  # type: ignore[operator]
+        step = step * _expr(torch.sym_max(size, 1))  # type: ignore[operator]
     return strides
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from dscompile.passes import commits
 from dscompile.passes.bind import _layout_matters, expressions
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_values import CASTS, arg, dtype, name
@@ -71,10 +72,14 @@ class Binding:
         made = written[len(before) - 1]
         return Place(module, made, tuple(n for n in holders if n <= made))
 
-    def held(self, place: Place, node: fx.Node, until: fx.Node) -> fx.Node:
-        """Dynamo node that holds ``node`` in front of ``place``, unchanged up to the shadow node ``until``."""
-        if not self.memory.unchanged(node, self.memory.position[node] + 1, self.memory.position[until]):
-            raise MutatedOperand(f"`{node.name}` is overwritten before the layer's result", node)
+    def held(self, place: Place, node: fx.Node, until: fx.Node, saved: bool = True) -> fx.Node:
+        """Dynamo node that holds ``node`` in front of ``place``, unchanged up to the shadow node ``until``.
+
+        In training a value that is ``saved`` for the backward has to stay unchanged altogether.
+        """
+        last = len(self.memory.position) if saved and self.memory.training else self.memory.position[until]
+        if not self.memory.unchanged(node, self.memory.position[node] + 1, last):
+            raise MutatedOperand(f"`{node.name}` is overwritten before the layer's result, or its backward", node)
         spelled, owners = self._object(node)
         before = [o.node for o in owners if o.module is place.module and o.node < place.node]
         if not before:
@@ -126,6 +131,7 @@ def write(place: Place, sites: list[Site], build: Build) -> Written:
 
     Raises a Refusal, and then the graph is as it was. The caller recompiles the module.
     """
+    commits.current().permit()
     emitter = Emitter(place.node)
     try:
         node, replaced = build(emitter)
@@ -137,8 +143,10 @@ def write(place: Place, sites: list[Site], build: Build) -> Written:
         emitter.undo()
         raise Unsupported(f"the operator could not be written: {error}") from error
     for old, new in replaced:
+        behind = max(old.node, place.node)
         for held in old.names:
-            held.replace_all_uses_with(new, delete_user_cb=lambda u, old=old: old.node < u and u not in emitter.made)
+            held.replace_all_uses_with(new, delete_user_cb=lambda u, at=behind: at < u and u not in emitter.made)
+    commits.current().add(sites, [(old.node, new) for old, new in replaced], emitter.made)
     return Written(sites[0], place.module, node, twins=sites[1:])
 
 

@@ -41,6 +41,7 @@ from dscompile.passes.refusals import (
     NarrowedPrecision,
     RoutingWeights,
 )
+from dscompile.passes.trail import Trail
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class Flow:
     bias: fx.Node | None = None
     summed: bool = False
     owing: bool = False  # rows of no expert hold a bias, and have to be masked
+
+    def facts(self) -> list[str]:
+        """What the walk has shown so far."""
+        shown = {
+            "each result is multiplied with its routing weight": self.weight is not None,
+            "results are back in the order of the tokens": self.order is None,
+            "the results of each token are summed": self.summed,
+        }
+        return [fact for fact, holds in shown.items() if holds]
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Combine:
         self.tokens = tokens
         self.count: Extent = times(tokens, (self.top_k,) * len(tokens))
 
-    def walk(self) -> Combined:
+    def walk(self, trail: Trail | None = None) -> Combined:
         """The result; raises a Refusal that names the operator which breaks the proof."""
         flow = Flow(self.down.node, self.down.labels, self.hidden.tokens.order)
         while not self.done(flow):
@@ -91,6 +101,8 @@ class Combine:
             self.rows.through(reader)
             self.indices.intact(flow.node, self.rows.memory.position[reader])
             flow = step(self, flow, reader)
+            if trail is not None:
+                trail.holds(*flow.facts())
         if flow.weight is None:
             raise RoutingWeights("the results are summed without routing weights", flow.node)
         if flow.owing:

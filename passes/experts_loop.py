@@ -33,6 +33,7 @@ from dscompile.passes.refusals import (
     RoutingWeights,
     RowsNotTokens,
 )
+from dscompile.passes.trail import Trail
 
 LEAST = 2  # masks of one tensor that make a loop
 
@@ -110,7 +111,7 @@ class _Linears(Products):
 
     def _two(self, node: fx.Node, at: int, swapped: bool) -> Weight:
         self.indices.intact(node, at)
-        while (swaps(node, 2) or name(node) == "t") and not self.rows.stops(node):
+        while (swaps(node, 2) or name(node) == "t") and not self.rows.memory.stops_gradient(node):
             at, swapped, node = self.rows.memory.position[node], not swapped, arg(node, 0)
             self.indices.intact(node, at)
         return Weight(node, swapped)
@@ -156,18 +157,21 @@ class Loops:
             if len(found) >= LEAST and len(self.indices.shape(ids)) == 2:
                 yield ids, found
 
-    def prove(self, ids: fx.Node, masks: dict[int, fx.Node]) -> Loop:
+    def prove(self, ids: fx.Node, masks: dict[int, fx.Node], trail: Trail) -> Loop:
         """The loop over these masks; raises a Refusal."""
         if sorted(masks) != list(range(len(masks))):
             raise RowsNotTokens(f"a loop over experts {sorted(masks)}, not 0 .. {len(masks) - 1}", masks[min(masks)])
         terms = [self.term(e, masks[e]) for e in sorted(masks)]
+        trail.holds("each expert adds its rows, weighed, to the tokens that chose it")
         weights = {t.weight for t in terms}
         if len(weights) != 1:
             raise RoutingWeights("experts of one loop are weighed by different tensors", terms[-1].after)
         out = self.chain(terms)
+        trail.holds("the experts' terms are one sum from zeros")
         networks = [self.network(t, ids) for t in terms if not self.identity(t)]
         if not networks or any(map(self.identity, terms[: len(networks)])):
             raise ExpertActivation("experts that return their rows do not come last", terms[0].after)
+        trail.holds("each expert is two products around a gated activation")
         products, first = [p for p, _ in networks], networks[0][1]
         if any(self.identity(t) is not first.tokens.x for t in terms[len(networks) :]):
             raise RowsNotTokens("experts that return their rows return others than are read", terms[-1].after)

@@ -22,6 +22,7 @@ from dscompile.passes.experts_rows import Rows, Tokens, aligned
 from dscompile.passes.experts_values import Order, PerExpert, arg, dtype, name, option
 from dscompile.passes.graph import is_tensor
 from dscompile.passes.refusals import ExpertActivation, ExpertDropout, ExpertWeights, GroupEnds, Refusal, Unsupported
+from dscompile.passes.trail import Trail
 
 SIGMOID, CLAMP = sympy.Function("sigmoid"), sympy.Function("clamp")
 GELU = {"none": sympy.Function("gelu"), "tanh": sympy.Function("gelu_tanh")}
@@ -146,7 +147,7 @@ class Products:
     def _weight(self, node: fx.Node, at: int, swapped: bool) -> Weight:
         """Behind transposes of the last two dimensions."""
         self.indices.intact(node, at)
-        while swaps(node, 3) and not self.rows.stops(node):
+        while swaps(node, 3) and not self.rows.memory.stops_gradient(node):
             at, swapped = self.rows.memory.position[node], not swapped
             node = arg(node, 0)
             self.indices.intact(node, at)
@@ -159,7 +160,7 @@ class Products:
             return None
         for weight, rows, swapped in ((left, right, False), (right, left, True)):
             at = self.rows.memory.position[node]
-            while swaps(weight, 3) and not self.rows.stops(weight):
+            while swaps(weight, 3) and not self.rows.memory.stops_gradient(weight):
                 at, swapped = self.rows.memory.position[weight], not swapped
                 weight = arg(weight, 0)
             if name(weight) not in ("index", "index_select") or not self._by_expert(weight):
@@ -201,8 +202,9 @@ def swaps(node: fx.Node, rank: int) -> bool:
 class Reader:
     """Reads the hidden rows of one second product as an expression in columns of the first."""
 
-    def __init__(self, products: Products):
+    def __init__(self, products: Products, trail: Trail | None = None):
         self.products, self.rows, self.indices = products, products.rows, products.indices
+        self.trail = trail or Trail()
         self.region: set[fx.Node] = set()
         self.symbols: dict[sympy.Symbol, Columns] = {}
         self._tokens: dict[fx.Node, Tokens] = {}
@@ -213,11 +215,14 @@ class Reader:
         if labels.replace("1", "") not in ("md", "tkd"):
             raise ExpertActivation(f"the second product reads rows laid out {labels}", down.node)
         activation, gate, up = self.activation(expression, down.node)
+        self.trail.holds(f"between the products stands the activation {activation.kind} of gate, times up")
         for columns in (gate, up):
             if columns.product.source is not down.source:
                 raise GroupEnds("the products of one expert layer use different ids", down.node)
         self.halves(gate, up, down.node)
+        self.trail.holds("gate and up are halves of one product, or two products, by the same ids")
         tokens = self.tokens(gate.product)
+        self.trail.holds("its rows are the tokens, each for one of its experts")
         if self.tokens(up.product) != tokens:
             raise ExpertActivation("gate and up are products of different rows", up.product.node)
         return Hidden(activation, gate, up, tokens, self.region)

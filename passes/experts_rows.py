@@ -121,12 +121,8 @@ class Rows:
 
     def through(self, node: fx.Node) -> None:
         """Refuses an operator inside the layer that stops the gradient."""
-        if self.stops(node) and dtype(node).is_floating_point:
+        if self.memory.stops_gradient(node) and dtype(node).is_floating_point:
             raise Unsupported(f"no gradient flows through `{node.name}`", node)
-
-    def stops(self, node: fx.Node) -> bool:
-        """True for an operator behind which there is no gradient."""
-        return self.memory.training and bool(name(node) == "detach" or node.meta.get("dsinfra_no_grad"))
 
     def relabel(self, node: fx.Node, labels: str) -> str:
         """Letters of a view, copy or cast of its first argument, which has ``labels``."""
@@ -241,7 +237,8 @@ class Rows:
         """``node`` as one number a row, ``rows`` of them; raises RoutingWeights."""
         self.indices.intact(node, time)
         at = self.memory.position[node]
-        if self.passes(node) and not self.stops(node) and not _narrows(node) and self._rows_below(node, rows):
+        same = self.passes(node) and not self.memory.stops_gradient(node) and not _narrows(node)
+        if same and self._rows_below(node, rows):
             inner = self.own(arg(node, 0), at, rows)
             return replace(inner, labels=self.relabel(node, inner.labels))
         if name(node) == "masked_fill":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dscompile.lowering.block_scales import BLOCK
-from dscompile.passes.fp8_reads import torch_call
+from dscompile.passes.graph import torch_call
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ after the backend returns, so none may be added there); :meth:`Prepared.lift` ma
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dscompile.lowering import inductor
-from dscompile.passes.fp8_reads import called
+from dscompile.passes.graph import called
 
 Make = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -52,12 +53,19 @@ _COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first source -> {(recipe
 
 _ALIVE: weakref.WeakSet[Prepared] = weakref.WeakSet()
 
+_LOCK = threading.RLock()  # over both, and over making a copy: threads that share a weight make one
+
 
 def copy_of(name: str, make: Make, sources: Sequence[torch.Tensor], *, anew: bool = False) -> Copy:
     """The copy ``name`` of these weights, made now or taken from an earlier graph; up to date.
 
     With ``anew``, it is made again also where nothing seems to have changed.
     """
+    with _LOCK:
+        return _copy_of(name, make, sources, anew)
+
+
+def _copy_of(name: str, make: Make, sources: Sequence[torch.Tensor], anew: bool) -> Copy:
     first, *others = sources
     copies = _COPIES.setdefault(first, {})
     key = (name, *map(id, others))
@@ -96,12 +104,13 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling() or not _COPIES:  # compiled steps count versions
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for first, copies in list(_COPIES.items()):
-        for (_, *others), copy in copies.items():
-            if id(first) in stepped or stepped.intersection(others):
-                copy.stamps = ()
-    for prepared in list(_ALIVE):
-        prepared._last = ([], [])
+    with _LOCK:
+        for first, copies in list(_COPIES.items()):
+            for (_, *others), copy in copies.items():
+                if id(first) in stepped or stepped.intersection(others):
+                    copy.stamps = ()
+        for prepared in list(_ALIVE):
+            prepared._last = ([], [])
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -109,11 +118,12 @@ register_optimizer_step_post_hook(_after_step)
 
 def refresh() -> None:
     """Make every copy anew at its next use: for weights written through ``.data``, which no version counter sees."""
-    for copies in list(_COPIES.values()):
-        for copy in copies.values():
-            copy.stamps = ()
-    for prepared in list(_ALIVE):
-        prepared._last = ([], [])
+    with _LOCK:
+        for copies in list(_COPIES.values()):
+            for copy in copies.values():
+                copy.stamps = ()
+        for prepared in list(_ALIVE):
+            prepared._last = ([], [])
 
 
 def _stamps(sources: Sequence[torch.Tensor]) -> tuple[tuple[int, int, int], ...]:
@@ -129,12 +139,12 @@ def _make(make: Make, sources: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ..
         return tuple(value.clone() if value.is_inference() else value for value in make(*sources))
 
 
-def _written_storages(module: fx.GraphModule) -> set[int]:
-    """Storages that Dynamo's graph writes in place: a copy made beforehand would miss that."""
+def written_storages(module: fx.GraphModule) -> set[int]:
+    """Storages that Dynamo's graph, or a body inside it, writes in place: a copy made beforehand would miss that."""
     found: set[int] = set()
-    for node in module.graph.nodes:
+    for node in (n for m in module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes):
         name, schema = called(node), getattr(node.target, "_schema", None)
-        in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+        in_place = name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
         if in_place and node.all_input_nodes:
             written = [a for a in node.args[:1] if isinstance(a, fx.Node)] or node.all_input_nodes
         elif "out" in node.kwargs or name.startswith("triton_kernel_wrapper") or getattr(schema, "is_mutable", False):
@@ -144,6 +154,10 @@ def _written_storages(module: fx.GraphModule) -> set[int]:
         values = pytree.tree_leaves([n.meta.get("example_value") for n in written])
         found |= {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
     return found
+
+
+# Calls without a trailing underscore that write their first argument; `x += y` is `operator.iadd`.
+_WRITERS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,8 @@ class Prepared:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._position = {node: i for i, node in enumerate(placeholders)}
         self._anchor = placeholders[-1] if placeholders else None
-        _ALIVE.add(self)
+        with _LOCK:
+            _ALIVE.add(self)
 
     def refusal(self, sources: Sequence[fx.Node]) -> str:
         """Why no copy of these nodes can be kept; empty if it can."""
@@ -188,7 +203,7 @@ class Prepared:
             if type(value) not in (torch.Tensor, torch.nn.Parameter):
                 return f"`{node.name}` is a {type(value).__name__}"
             if self._written is None:
-                self._written = _written_storages(self.module)
+                self._written = written_storages(self.module)
             if node.meta["example_value"].untyped_storage()._cdata in self._written:
                 return f"`{node.name}` is written by the graph itself"
         return ""

@@ -22,7 +22,7 @@ from torch import fx
 
 from dscompile.lowering.block_scales import BLOCK
 from dscompile.passes.fp8_refusals import Dequantized, OpaqueKernel, PerTensorScale, WrongBlocks
-from dscompile.passes.graph import module_path, source_line
+from dscompile.passes.graph import called, module_path, source_line
 from dscompile.passes.record import Site
 from dscompile.passes.refusals import Refusal
 
@@ -68,22 +68,6 @@ def fp8_operands(node: fx.Node) -> Fp8Operands | None:
     return Fp8Operands(quantize.args[0], weight, weight_scale, quantize)
 
 
-def called(node: fx.Node) -> str:
-    """What the node calls, without the overload's name."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.split(".")[0] if node.op in ("call_function", "call_method") else ""
-
-
-def torch_call(node: fx.Node) -> str:
-    """:func:`called` for what torch defines; '' for functions of other libraries, whatever their name."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
-        own = str(target).startswith("aten.")
-    else:
-        own = (getattr(target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator", "builtins")
-    return called(node) if own else ""
-
-
 def is_fp8(node: object) -> bool:
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.dtype in FP8_DTYPES
@@ -107,6 +91,7 @@ def _site(node: fx.Node, refusal: Refusal) -> Site:
         kind="fp8_linear",
         module_path=module_path(node),
         source=source_line(node),
+        node=node.name,
         matched=False,
         decision="left to Inductor",
         reason=refusal.found,

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from dscompile.passes.bind import Bindings
-from dscompile.passes.fp8_reads import called
+from dscompile.passes.graph import called
 
 _SHAPES = {
     *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "contiguous"),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from dscompile.passes.fp8_reads import called
+from dscompile.passes import commits
+from dscompile.passes.graph import called
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord
@@ -31,11 +32,12 @@ def run(module: fx.GraphModule, shadow: Shadow) -> PassRecord:
     for node in nodes:
         source = _rows(node.args[0])
         earlier = next((k for k in known.get(source, ()) if _same(memory, twin, source, k, node)), None)
-        if earlier is None:
+        if earlier is None or not commits.current().permitted():
             known.setdefault(source, []).append(node)
             continue
         node.replace_all_uses_with(earlier)
-        module.graph.erase_node(node)  # pure, and without readers now
+        commits.current().add([], [(node, earlier)])
+        commits.current().erase(node)  # pure, and without readers now
         shared += 1
     if shared:
         module.graph.lint()

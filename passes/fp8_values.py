@@ -10,7 +10,7 @@ from torch import fx
 from dscompile.lowering.block_scales import BLOCK, dequantize_weight
 from dscompile.passes.emit import Emitter
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.fp8_reads import called
+from dscompile.passes.graph import called
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sympy
 import torch
@@ -104,6 +104,13 @@ def _allowed(env: ShapeEnv, sizes: Sizes) -> bool:
     return all(expr != sympy.false for expr in held)
 
 
+def settle(modules: Iterable[fx.GraphModule]) -> None:
+    """Checks and recompiles each graph that a pass wrote: once, because both go over all of it."""
+    for module in dict.fromkeys(modules):
+        module.graph.lint()
+        module.recompile()
+
+
 def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -115,14 +122,33 @@ def argument(node: fx.Node, position: int, name: str, default: object = None) ->
     return node.kwargs.get(name, default)
 
 
-def source_line(node: fx.Node | None) -> str:
-    """``file.py:123`` of the user's line that made the node, or ``?``."""
+def source_place(node: fx.Node | None) -> tuple[str, int] | None:
+    """(file, line) of the user's line that made the node."""
     trace = (node.meta.get("stack_trace") or "") if node is not None else ""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    if not frames:
-        return "?"
-    file, line = frames[-1]
-    return "/".join(file.split("/")[-2:]) + f":{line}"
+    return (frames[-1][0], int(frames[-1][1])) if frames else None
+
+
+def short_name(file: str) -> str:
+    """The last two components of a path: what a report shows of it."""
+    return "/".join(file.split("/")[-2:])
+
+
+def source_line(node: fx.Node | None) -> str:
+    """``file.py:123`` of the user's line that made the node, or ``?``."""
+    found = source_place(node)
+    return f"{short_name(found[0])}:{found[1]}" if found else "?"
+
+
+def graph_names(module: fx.GraphModule) -> dict[fx.Graph, str]:
+    """Graphs of ``module`` and of the bodies of its higher-order operators, and their names; its own is ''."""
+    return {m.graph: name for name, m in module.named_modules() if isinstance(m, fx.GraphModule)}
+
+
+def place(node: fx.Node, names: dict[fx.Graph, str]) -> str:
+    """A node of one of those graphs for the report: ``name``, or ``body/name``."""
+    body = names.get(node.graph, "")
+    return f"{body}/{node.name}" if body else node.name
 
 
 def module_path(node: fx.Node | None) -> str:
@@ -136,6 +162,22 @@ def module_path(node: fx.Node | None) -> str:
     path = re.sub(r"^L\.\w+\.?", "", path.replace("(", "").replace(")", ""))
     path = re.sub(r"^(self|model_to_compile)\.", "", path)
     return ".".join(p for p in path.split(".") if p not in ("_modules", ""))
+
+
+def called(node: fx.Node) -> str:
+    """What the node calls, without the overload's name."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0] if node.op in ("call_function", "call_method") else ""
+
+
+def torch_call(node: fx.Node) -> str:
+    """:func:`called` for what torch defines; '' for functions of other libraries, whatever their name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        own = str(target).startswith("aten.")
+    else:
+        own = (getattr(target, "__module__", None) or "torch").partition(".")[0] in ("torch", "_operator", "builtins")
+    return called(node) if own else ""
 
 
 def aliased_argument(node: fx.Node) -> fx.Node | None:

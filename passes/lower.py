@@ -14,10 +14,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dscompile.lowering import select
+from dscompile.lowering import heuristics, select
+from dscompile.passes import commits
+from dscompile.passes.absorb import hint
 from dscompile.passes.bind import Bindings, expressions
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Written
+from dscompile.passes.graph import settle
 from dscompile.passes.record import PassRecord
 from dscompile.passes.structure import Structure
 
@@ -27,24 +30,44 @@ NAME = "lower"
 
 def run(bound: list[Bindings | Written]) -> PassRecord:
     """Chooses for each site; the call itself asks the same table again at run time."""
-    for site in bound:
-        args = fx.node.map_arg(site.node.args, lambda n: n.meta["example_value"])
-        name = str(site.node.target._schema.name).split("::")[1]  # type: ignore[union-attr]
-        implementation, skipped = select.choose(name, tuple(args))
-        site.site.kernel = implementation.name
-        site.site.reason = "; ".join(f"{other}: {reason}" for other, reason in skipped)
-        if name == "mla" and isinstance(site.structure, Structure) and _written_out(site):
-            site.site.kernel = _write_out(site, implementation.name)
-        for twin in site.twins:
-            twin.decision, twin.kernel, twin.reason = site.site.decision, site.site.kernel, site.site.reason
+    try:
+        for site in bound:
+            _lower(site)
+    finally:  # also what was written before a failure
+        settle(site.module for site in bound if isinstance(site, Bindings) and site.node is site.out)
     return PassRecord(NAME, [b.site for b in bound])
+
+
+def _lower(site: Bindings | Written) -> None:
+    args = fx.node.map_arg(site.node.args, lambda n: n.meta["example_value"])
+    name = str(site.node.target._schema.name).split("::")[1]  # type: ignore[union-attr]
+    implementation, skipped = select.choose(name, tuple(args))
+    site.site.kernel = implementation.name
+    site.site.reason = "; ".join(f"{other}: {reason}" for other, reason in skipped)
+    if name == "experts":
+        site.site.predicted = _experts_costs(args[0], args[1], args[4])
+    if name == "mla" and isinstance(site.structure, Structure) and _written_out(site):  # type: ignore[union-attr]
+        site.site.kernel = _write_out(site, implementation.name)  # type: ignore[arg-type]
+    for twin in site.twins:
+        twin.decision, twin.kernel, twin.reason = site.site.decision, site.site.kernel, site.site.reason
+        twin.predicted = site.site.predicted
+
+
+def _experts_costs(x: torch.Tensor, topk_idx: torch.Tensor, w_down: torch.Tensor) -> dict[str, float]:
+    """Predicted seconds of an expert layer's two kernels, for x [T, D], topk_idx [T, K] and w_down [E, D, F]."""
+    (T, D), (E, _, F) = map(hint, x.shape), map(hint, w_down.shape)
+    sizes = (T, D, F, E, hint(topk_idx.shape[1]), w_down.itemsize, x.itemsize, heuristics.card_for(x.device))
+    return {
+        name: heuristics.experts_cost(*sizes, swiglu_fused=fused).seconds
+        for name, fused in (("fused", True), ("pieces", False))
+    }
 
 
 def _written_out(site: Bindings) -> bool:
     q_nope, _, latent, *_, causal = site.node.args
     q, c = q_nope.meta["example_value"], latent.meta["example_value"]
     square = expressions((q.shape[2],)) == expressions((c.shape[1],))
-    return q.is_cuda and not site.training and (square or not causal)
+    return q.is_cuda and not site.training and (square or not causal) and commits.current().permitted()
 
 
 def _write_out(site: Bindings, implementation: str) -> str:
@@ -68,11 +91,10 @@ def _write_out(site: Bindings, implementation: str) -> str:
         o = e.call(call, q, k, v, mask, 0.0, causal, scale=scale)
         kernel = "torch's attention" + (" with the mask" if mask is not None else "")
     site.out.replace_all_uses_with(o)
+    commits.current().add([site.site, *site.twins], [(site.out, o)], e.made)
     for dead in (site.out, site.node):  # ours, pure, and without readers now
-        site.module.graph.erase_node(dead)
+        commits.current().erase(dead)
     site.node, site.out = o, o
-    site.module.graph.lint()
-    site.module.recompile()
     return kernel
 
 

@@ -66,6 +66,10 @@ class Memory:
             for view in written_arguments(node):
                 self.writes[self.root(view)].append(Write(self.position[node], node, view))
 
+    def stops_gradient(self, node: fx.Node) -> bool:
+        """True in training for an operator behind which there is no gradient."""
+        return self.training and bool(node.target is aten.detach.default or node.meta.get("dsinfra_no_grad"))
+
     def root(self, node: fx.Node) -> fx.Node:
         """Node whose storage ``node`` shares (itself if it owns its storage)."""
         return self._root.get(node, node)

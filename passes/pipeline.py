@@ -1,7 +1,7 @@
 """The ordered list of passes, and the one function that runs them on Dynamo's graph.
 
     recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->  lower
-    (->  fp8_share, quantize_weights where FP8 is read or asked for)
+    (->  fp8_share, quantize_weights where FP8 is read or asked for)  ->  real_rotation  ->  mixed_product
 
 A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
 compilation: what raises is turned into a note of the record (``strict`` raises instead), and the graph stays as the
@@ -15,19 +15,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import dscompile.lowering.ops  # noqa: F401  (registers the operators the passes write)
 from dscompile.passes import (
     absorb,
+    commits,
     fp8_share,
     lower,
+    mixed_product,
+    provenance,
     quantize_weights,
+    real_rotation,
     recognize_experts,
     recognize_fp8,
     recognize_mla,
     recognize_router,
 )
 from dscompile.passes.bind import Bindings
+from dscompile.passes.commits import Commits
 from dscompile.passes.experts_bind import Written
 from dscompile.passes.experts_values import sizes_of
 from dscompile.passes.fp8_prepared import Prepared
@@ -45,9 +51,10 @@ PASSES = (
     recognize_router.NAME,
     lower.NAME,
 )
+LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product.NAME)
 # For the names of files: also of the passes that run only where FP8 is read or asked for.
 NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
-NUMBERS |= {name: len(PASSES) + i for i, name in enumerate((fp8_share.NAME, quantize_weights.NAME))}
+NUMBERS |= {name: len(PASSES) + i for i, name in enumerate(LAST)}
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
@@ -65,6 +72,7 @@ class Outcome:
     records: list[PassRecord] = field(default_factory=list)
     error: BaseException | None = None
     prepared: Prepared | None = None  # values made once from weights, which the compiled graph takes as inputs
+    commits: Commits = field(default_factory=Commits)  # what was rewritten
 
     @property
     def sites(self) -> list[Site]:
@@ -74,6 +82,8 @@ class Outcome:
             recognize_router.NAME,
             recognize_fp8.NAME,
             quantize_weights.NAME,
+            real_rotation.NAME,
+            mixed_product.NAME,
         )
         return [site for name in names for r in self.records if r.name == name for site in r.sites]
 
@@ -86,19 +96,28 @@ def run(
     observe: Observer | None = None,
     fp8: str | None = None,
     fp8_head: bool = False,
+    fuel: int | None = None,
 ) -> Outcome:
     """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``.
 
-    With ``fp8``, weights are quantised, the head's too with ``fp8_head``.
+    With ``fp8``, weights are quantised, the head's too with ``fp8_head``. ``fuel``: see ``commits.py``.
     """
-    outcome = Outcome()
+    outcome = Outcome(commits=Commits(fuel))
     observe = observe or (lambda *_: None)
     found: recognize_fp8.Found = []
     try:
-        if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
-            found = _fp8(module, outcome, observe)
-        if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
-            _run(module, inputs, outcome, observe, found, fp8, fp8_head)
+        with commits.committing(outcome.commits):
+            wrapped = next((node for node in _nodes(module) if _is_wrapped(node)), None)
+            if wrapped is not None:
+                kind = type(wrapped.meta["example_value"]).__name__
+                note = f"`{wrapped.name}` is a {kind}, a tensor with rules of its own: our operators have none"
+                outcome.records.append(PassRecord("shadow", note=note))
+                return outcome
+            if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
+                found = _fp8(module, outcome, observe)
+            if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
+                _run(module, inputs, outcome, observe, found, fp8, fp8_head)
+        provenance.fill(module, outcome.commits)
     except Exception as error:
         if strict:
             raise
@@ -108,6 +127,7 @@ def run(
 
 def _fp8(module: fx.GraphModule, outcome: Outcome, observe: Observer) -> recognize_fp8.Found:
     observe(recognize_fp8.NAME, "before", module)
+    outcome.commits.name = recognize_fp8.NAME
     start = time.perf_counter()
     record, found = recognize_fp8.run(module)
     record.seconds = time.perf_counter() - start
@@ -174,8 +194,11 @@ def _run(
         passes[quantize_weights.NAME] = lambda: quantize_weights.run(
             module, shadow, prepared, bound, training=training, head=fp8_head
         )
+    passes[real_rotation.NAME] = lambda: real_rotation.run(module)
+    passes[mixed_product.NAME] = lambda: mixed_product.run(module)
     for name, step in passes.items():
         observe(name, "before", module)
+        outcome.commits.name = name
         start = time.perf_counter()
         record = step()
         record.seconds = time.perf_counter() - start
@@ -190,6 +213,11 @@ def _nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
             yield from child.graph.nodes
 
 
+def _is_wrapped(node: fx.Node) -> bool:
+    """True for a tensor made of others, as DTensor and quantised weights are: it gives operators its own meaning."""
+    return is_traceable_wrapper_subclass(node.meta.get("example_value"))
+
+
 def _differentiates(node: fx.Node) -> bool:
     name = _name(node) if node.op in ("call_function", "call_method") else ""
     return name in _DIFFERENTIATES or name.endswith(_TRANSFORMS)
@@ -200,9 +228,10 @@ def _is_anchor(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """A product by expert, grouped or batched, the addition of one expert's rows, or a question who was hit."""
+    """A product by expert, grouped or batched, the addition of one expert's rows, or a question who chose it."""
     names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
-    return node.op in ("call_function", "call_method") and _name(node) in names
+    compared = _name(node) == "eq" and isinstance(node.args[-1], int)  # `idx == e` of a loop over experts
+    return node.op in ("call_function", "call_method") and (_name(node) in names or compared)
 
 
 def _name(node: fx.Node) -> str:

@@ -168,7 +168,9 @@ def _getitem(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
         return
     dim = _dim(parts, 2, "dim", len(shape))
     size = parts.args[1]
-    if isinstance(size, (list, tuple)):
+    if parts.target in (aten.tensor_split.indices, aten.tensor_split.sections):
+        offset = _tensor_split_start(parts, which, shape[dim], sizes)
+    elif isinstance(size, (list, tuple)):
         offset = sum(sizes.number(s) for s in size[:which])
     elif parts.target is aten.split.Tensor:
         offset = sizes.number(size) * which
@@ -177,7 +179,19 @@ def _getitem(node: fx.Node, c: Coords, sizes: Sizes) -> Iterator[Step]:
     yield source, _set(c, dim, c[dim] + offset), None
 
 
+def _tensor_split_start(node: fx.Node, which: int, length: int, sizes: Sizes) -> int:
+    """First element of one part: cuts as Python's slices read them, or a number of parts, the first ones longer."""
+    cuts = node.args[1]
+    if isinstance(cuts, (list, tuple)):
+        cut = sizes.number(cuts[which - 1]) if which else 0
+        return max(cut + length, 0) if cut < 0 else min(cut, length)
+    parts = sizes.number(cuts)
+    return which * (length // parts) + min(which, length % parts)
+
+
 _SPLITS = {
+    aten.tensor_split.indices,
+    aten.tensor_split.sections,
     aten.split_with_sizes.default,
     aten.split.Tensor,
     aten.split.sizes,
@@ -310,13 +324,14 @@ class Pull:
                 return [replace(points, node=source)]  # the result of an in-place operator is its argument
             self._check_intact(points)
             return None
-        if self.memory.training and (node.target is aten.detach.default or node.meta.get("dsinfra_no_grad")):
+        if self.memory.stops_gradient(node):
             raise Unsupported(f"no gradient flows through `{node.name}`", node)
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             self.seen.add(node.args[0])
         time = self._read_time(points)
         out = []
         for source, moved, keep in move(node, coords, self.sizes):
+            keep = None if keep is None else np.broadcast_to(keep, points.index.shape)
             kept = points if keep is None else points.take(keep)
             moved = moved if keep is None else tuple(np.broadcast_to(c, points.index.shape)[keep] for c in moved)
             casts = points.casts
@@ -424,3 +439,34 @@ class Pull:
             elif node.target is not aten.alias.default and not node.target._schema.is_mutable:
                 raise Unsupported(f"buffer filled through `{node.target}`", node)
         return coords, hit
+
+
+def one_cast(points: Points, dtype: torch.dtype) -> bool:
+    """True if the node's elements become the value by at most one conversion to ``dtype``."""
+    own = points.node.meta["val"].dtype
+    return not points.casts if own == dtype else points.casts <= {own, dtype}
+
+
+def names_of(ends: list[Points]) -> str:
+    return ", ".join(sorted({f"`{e.node.name}`" for e in ends}))
+
+
+MOST = 32  # divisors of a length that are looked at, the smallest: all of them where it is a power of two
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors of a length below it, and its last index: some of these move under any reordering by views.
+
+    A view splits an index into digits, and a permutation of digits moves the place value of one of them, a divisor.
+    """
+    found = {d for low in range(1, int(number**0.5) + 1) if number % low == 0 for d in (low, number // low)}
+    return sorted({*sorted(found - {number})[:MOST], number - 1})
+
+
+def sample_spots(batch: int, length: int) -> Array:
+    """(request, position) pairs to look at: corners, place values of any view, and a few in between, distinct."""
+    rng = np.random.default_rng(0)
+    pairs = [(0, 0), (batch - 1, length - 1), (0, length - 1), (batch - 1, 0), (0, min(1, length - 1))]
+    pairs += [(int(rng.integers(batch)), int(rng.integers(length))) for _ in range(3)]
+    pairs += [divmod(place, length) for place in divisors(batch * length)]
+    return np.array(sorted(set(pairs)))

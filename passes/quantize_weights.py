@@ -30,14 +30,13 @@ from dscompile.lowering.block_scales import (
     dequantize_weight,
     quantize_rows,
 )
-from dscompile.passes import fp8_gated
+from dscompile.passes import commits, fp8_gated
 from dscompile.passes.emit import Emitter
 from dscompile.passes.fp8_gated import Gated
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.fp8_reads import torch_call
 from dscompile.passes.fp8_refusals import GradientWeights, KeptPrecise
 from dscompile.passes.fp8_roles import feeds_output, feeds_topk, live_nodes, up_projections
-from dscompile.passes.graph import module_path, source_line
+from dscompile.passes.graph import module_path, source_line, torch_call
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_fp8 import choose, operator_name
 from dscompile.passes.record import PassRecord, Site
@@ -152,12 +151,15 @@ class Quantizer:
             self._forget(first)
             return False  # each layer says for itself what is wrong
         gated.down.replace_all_uses_with(y)
+        written = []
         for layer, cost in zip(layers, measured, strict=True):
             site = self._new_site("fp8_linear", layer)
             site.form = "a gated layer's 16-bit weight, quantised by request"
             site.errors = dict(zip(("weight", "output"), cost, strict=True))
             choose(site, product if layer is gated.down else both)
-            self.record.sites.append(site)
+            written.append(site)
+        self.record.sites += written
+        commits.current().add(written, [(gated.down, y)], [*first.made, *e.made])
         return True
 
     def _pair_errors(self, gated: Gated) -> list[tuple[float, float]]:
@@ -170,7 +172,8 @@ class Quantizer:
         return copy.notes["errors"]
 
     def _new_site(self, kind: str, node: fx.Node) -> Site:
-        return Site(kind, module_path(node), source_line(node), True, form="16-bit weight, quantised by request")
+        form = "16-bit weight, quantised by request"
+        return Site(kind, module_path(node), source_line(node), True, form=form, node=node.name)
 
     def _site(self, kind: str, node: fx.Node, write: Callable[[Emitter, fx.Node], Written]) -> None:
         site, emitter = self._new_site(kind, node), Emitter(node)
@@ -185,7 +188,8 @@ class Quantizer:
             site.errors = {"weight": max(m[0] for m in measured), "output": max(m[1] for m in measured)}
             choose(site, replacement if operator_name(replacement) else replacement.args[0])
             node.replace_all_uses_with(replacement)
-            self.module.graph.erase_node(node)  # pure, and without readers now
+            commits.current().add([site], [(node, replacement)], emitter.made)
+            commits.current().erase(node)  # pure, and without readers now
         self.record.sites.append(site)
 
     def _forget(self, emitter: Emitter) -> None:
@@ -216,6 +220,7 @@ class Quantizer:
             raise KeptPrecise("a router: which experts it chooses is a hard decision", node)
         if not self.head and feeds_output(node):
             raise KeptPrecise("the head: its result leaves the graph (options fp8_head quantises it)", node)
+        commits.current().permit()
 
     def _product(self, e: Emitter, node: fx.Node, rows: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
         """(the linear layer's result over quantised rows, in its shape; the product itself)."""
@@ -234,6 +239,7 @@ class Quantizer:
             raise Unsupported(f"experts with biases, {activation}, or a clamp have no FP8 form", node)
         for weight in (w_gate_up, w_down):
             self._check_weight(node, x, weight)
+        commits.current().permit()
         operands = [*self._quantised(w_gate_up), *self._quantised(w_down)]
         y = e.call(torch.ops.dsinfra.fp8_experts.default, x, ids, weights, *operands, activation)
         return y, [w_gate_up, w_down]

@@ -46,6 +46,7 @@ from dscompile.passes.refusals import (
     Unsupported,
 )
 from dscompile.passes.shadow import Shadow
+from dscompile.passes.trail import Trail
 
 aten = torch.ops.aten
 NAME = "recognize_experts"
@@ -59,13 +60,16 @@ class Recognizer:
         self.rows = Rows(Indices(self.memory, sizes))
         self.products = Products(self.rows)
 
-    def candidates(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Callable[[], Match | Loop]]]:
-        """(anchor of the report, its proof) of everything that could be an expert layer."""
+    def candidates(self, graph: fx.Graph) -> Iterator[tuple[fx.Node, Callable[[], Match | Loop], Trail]]:
+        """(anchor of the report, its proof, how far that came) of everything that could be an expert layer."""
         for anchor in self.second_products(graph):
-            yield anchor, partial(self.match, anchor)
+            how = "grouped by expert" if "grouped" in name(anchor) else "batched, with the weights of each row's expert"
+            trail = Trail(f"an expert layer of products {how}")
+            yield anchor, partial(self.match, anchor, trail), trail
         loops = Loops(self.rows)
         for ids, masks in loops.find(graph):
-            yield masks[min(masks)], partial(loops.prove, ids, masks)
+            trail = Trail("an expert layer as a loop over its experts")
+            yield masks[min(masks)], partial(loops.prove, ids, masks, trail), trail
 
     def broken_loops(self, graph: fx.Graph) -> Iterator[fx.Node]:
         """Where a graph ends with the question which experts were hit: ``one_hot(idx).sum(..) > 0`` is its result."""
@@ -98,14 +102,15 @@ class Recognizer:
                 todo += node.all_input_nodes
         return found
 
-    def match(self, anchor: fx.Node) -> Match:
+    def match(self, anchor: fx.Node, trail: Trail) -> Match:
         """The layer that ends in the second product ``anchor``; raises a Refusal."""
         down = self.products.find(anchor)
         assert down is not None
         self.rows.left_out.clear()
-        hidden = Reader(self.products).hidden(down)
+        trail.holds("each row meets the weight of its expert in the second product")
+        hidden = Reader(self.products, trail).hidden(down)
         combine = Combine(self.rows, down, hidden)
-        combined = combine.walk()
+        combined = combine.walk(trail)
         _enclosed(hidden.region | combine.region, combined.out)
         if (hidden.gate.bias is None) != (hidden.up.bias is None):
             raise Unsupported("only one of gate and up has a bias", anchor)
@@ -144,21 +149,23 @@ def run(
     recognizer = Recognizer(shadow, sizes, training)
     binding, joiner = Binding(shadow, recognizer.memory), Joiner(prepared, training)
     plans: dict[fx.Node, list[tuple[Plan | LoopPlan, fx.Node, Site]]] = defaultdict(list)
-    for anchor, prove in recognizer.candidates(shadow.graph):
+    for anchor, prove, trail in recognizer.candidates(shadow.graph):
         try:
             match = prove()
             ids.append(match.ids)
             place = binding.place(match.out)
             plan = (Plan if isinstance(match, Match) else LoopPlan)(binding, place, match, joiner)  # type: ignore[arg-type]
-            site = Site("experts", module_path(anchor), source_line(anchor), True, form=match.describe())
+            trail.holds("every operand can be read, unchanged, where the result is made")
+            site = trail.into(Site("experts", module_path(anchor), source_line(anchor), True, form=match.describe()))
             plans[place.node].append((plan, anchor, site))
         except Refusal as refusal:
-            record.sites.append(refused(anchor, refusal))
+            record.sites.append(trail.into(refused(anchor, refusal)))
         except Exception as error:  # a fault of ours costs this site, not the others
             record.sites.append(refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}")))
     for anchor in recognizer.broken_loops(shadow.graph):
         broken = DataDependentLoop("a loop over the experts that were hit ends the graph here", anchor)
-        record.sites.append(refused(anchor, broken))
+        trail = Trail("an expert layer as a loop over the experts that were hit")
+        record.sites.append(trail.into(refused(anchor, broken)))
     for found in plans.values():
         (plan, anchor, _), sites = found[0], [site for *_, site in found]
         try:
@@ -180,7 +187,7 @@ def refused(anchor: fx.Node, refusal: Refusal, site: Site | None = None, kind: s
     """Report line of a site that stays as it was."""
     site = site or Site(kind, module_path(anchor), "", False)
     site.matched = False
-    site.source = refusal.source(anchor)
+    site.source, site.node = refusal.source(anchor), refusal.place(anchor)
     site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
     site.decision = "left to Inductor"
     return site

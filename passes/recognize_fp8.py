@@ -26,13 +26,15 @@ from torch.nn.functional import ScalingType
 
 from dscompile.lowering import select
 from dscompile.lowering.block_scales import BLOCK, FP8
+from dscompile.passes import commits
 from dscompile.passes.emit import Emitter
-from dscompile.passes.fp8_reads import FP8_DTYPES, called, is_fp8, refused_reads
+from dscompile.passes.fp8_reads import FP8_DTYPES, is_fp8, refused_reads
 from dscompile.passes.fp8_refusals import PerTensorScale, WrongBlocks, WrongFormat
 from dscompile.passes.fp8_roles import weight_of
-from dscompile.passes.graph import module_path, source_line
+from dscompile.passes.graph import called, module_path, source_line
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.refusals import Refusal, Unsupported
+from dscompile.passes.trail import Trail
 
 aten = torch.ops.aten
 NAME = "recognize_fp8"
@@ -109,24 +111,26 @@ _SCALED = {"_scaled_mm": _V1, "_scaled_mm_v2": _V2}
 
 def _rewritten(module: fx.GraphModule, node: fx.Node, name: str) -> tuple[Site, fx.Node]:
     site = Site("fp8_linear", module_path(node), source_line(node), True, form=f"torch.{name}, 1x128 by 128x128 blocks")
-    emitter = Emitter(node)
+    emitter, trail = Emitter(node), Trail("a product of rows scaled by 1 x 128 and a weight by 128 x 128")
     try:
         arguments = _arguments(node, _SCALED[name])
         if name == "_scaled_mm_v2":
             arguments = _one_level(arguments, node)
-        replacement = _written(emitter, node, arguments)
+            trail.holds("the recipe says blocks of 1 x 128 and 128 x 128, with one level of scales")
+        replacement = _written(emitter, node, arguments, trail)
     except Refusal as refusal:
         emitter.undo()
-        return _refused(site, node, refusal), node
+        return trail.into(_refused(site, node, refusal)), node
     except Exception as error:
         emitter.undo()
         return _refused(site, node, Unsupported(f"the operator could not be written: {error}", node)), node
     node.replace_all_uses_with(replacement)
-    module.graph.erase_node(node)  # pure, and without readers now
+    commits.current().add([site], [(node, replacement)], emitter.made)
+    commits.current().erase(node)  # pure, and without readers now
     module.graph.lint()
     module.recompile()
     choose(site, replacement)
-    return site, replacement
+    return trail.into(site), replacement
 
 
 def _one_level(arguments: dict[str, object], node: fx.Node) -> dict[str, object]:
@@ -142,16 +146,19 @@ def _one_level(arguments: dict[str, object], node: fx.Node) -> dict[str, object]
     return {**arguments, "scale_a": scale_a, "scale_b": scale_b}
 
 
-def _written(e: Emitter, node: fx.Node, arguments: dict[str, object]) -> fx.Node:
+def _written(e: Emitter, node: fx.Node, arguments: dict[str, object], trail: Trail) -> fx.Node:
     """``fp8_linear`` in front of the call; raises a Refusal if the call computes something else."""
     a, b, scale_a, scale_b = (arguments[n] for n in ("self", "mat2", "scale_a", "scale_b"))
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     assert isinstance(scale_a, fx.Node) and isinstance(scale_b, fx.Node)
     x, w, s_a, s_b = (n.meta["example_value"] for n in (a, b, scale_a, scale_b))
     _check_blocks(node, x, w, s_a, s_b)
+    trail.holds("both operands are e4m3, with a float32 scale for each block")
     dtype = arguments.get("out_dtype")
     if arguments.get("scale_result") is not None or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise WrongFormat(f"the result is {dtype or x.dtype}, or scaled: products are rounded to 16 or 32 bits", node)
+    trail.holds("the result is rounded once, to 16 or 32 bits")
+    commits.current().permit()
     x_scale = _block_major(e, e.call(aten.t.default, scale_a), x.shape[0])
     w_scale = e.call(aten.t.default, scale_b)
     w_scale = e.call(aten.contiguous.default, e.narrow(w_scale, 1, 0, -(-w.shape[0] // BLOCK)))
@@ -215,6 +222,7 @@ def _reported(node: fx.Node) -> Site:
     weights = read if name == "fp8_experts" else read[1:]
     shapes = ", ".join(str(list(_value(a).shape)) for a in weights)
     site = Site(KINDS[name], module_path(node), _users_line(node), True, form=f"{name} in place, weight {shapes}")
+    site.node = node.name
     choose(site, node)
     return site
 
@@ -241,7 +249,7 @@ def choose(site: Site, node: fx.Node) -> None:
 def _refused(site: Site, node: fx.Node, refusal: Refusal) -> Site:
     site.matched, site.decision = False, "left to Inductor"
     site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
-    site.source = refusal.source(node)
+    site.source, site.node = refusal.source(node), node.name
     return site
 
 

@@ -26,11 +26,11 @@ from dscompile.passes.anchors import Attention
 from dscompile.passes.bind import Binder, Bindings
 from dscompile.passes.facts import Evaluate
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.graph import assignments, module_path, source_line
+from dscompile.passes.graph import assignments, module_path, settle, source_line
 from dscompile.passes.masks import Mask
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
-from dscompile.passes.refusals import Refusal, SizesDisagree, Unsupported
+from dscompile.passes.refusals import NotAttention, Refusal, SizesDisagree, Unsupported
 from dscompile.passes.shadow import Owner, Shadow
 from dscompile.passes.structure import Prover, Slot, Structure
 
@@ -62,7 +62,7 @@ class Recognizer:
         except ValueError as error:
             self.sizes, self.pinned = [], str(error)
         self.evaluators = [Evaluate(self.memory, s) for s in self.sizes]
-        self._proofs: list[tuple[Attention, Structure, set[fx.Node], str]] = []
+        self._proofs: list[tuple[Attention, Structure, set[fx.Node], str, list[str]]] = []
         self._masks: dict[tuple, Mask] = {}
         self.replayed = 0
 
@@ -76,6 +76,7 @@ class Recognizer:
             raise Unsupported(
                 "hidden scores are finite, and a row might see no key: it would average all values", anchor
             )
+        attention.trail.holds(f"the mask is {mask.kind}")
         if self.memory.training and any(n.meta.get("dsinfra_no_grad") for n in (anchor, attention.out)):
             raise Unsupported("no gradient flows through the attention", anchor)
         structure: Structure | AbsorbedForm
@@ -100,19 +101,21 @@ class Recognizer:
         return found[0]
 
     def _structure(self, attention: Attention) -> tuple[Structure, str]:
-        for old, structure, seen, rotation in self._proofs:
+        for old, structure, seen, rotation, facts in self._proofs:
             if _spelling(old) != _spelling(attention):
                 continue
             renamed = replay.correspond(self.memory, seen, _roots(old, attention))
             if renamed is not None:
                 self.replayed += 1
+                attention.trail.holds(*facts)
                 positions = {self.memory.position[o]: self.memory.position[n] for o, n in renamed.items()}
                 return replay.rename(structure, renamed, self.memory, positions), rotation
+        before = len(attention.trail.proved)
         provers = {id(s): Prover(self.memory, s) for s in self.sizes}
         structure = self._agree(lambda s: provers[id(s)].prove(attention))
         seen = set().union(*(p.pull.seen for p in provers.values()))
         rotation = self._rotation(attention, structure)
-        self._proofs.append((attention, structure, seen, rotation))
+        self._proofs.append((attention, structure, seen, rotation, attention.trail.proved[before:]))
         return structure, rotation
 
     def _rotation(self, attention: Attention, structure: Structure) -> str:
@@ -212,11 +215,15 @@ def run(shadow: Shadow, training: bool, prepared: Prepared | None = None) -> tup
     recognizer = Recognizer(shadow, training)
     by_owner: dict[Owner, list[Match | Site]] = defaultdict(list)
     for anchor, found in anchors.find(shadow.graph, recognizer.memory):
+        if isinstance(found, NotAttention):
+            record.passed_over.append(refused(anchor, found))
+            continue
         try:
             if isinstance(found, Refusal):
                 raise found
             match: Match | Site = recognizer.match(anchor, found)
         except Refusal as refusal:
+            refusal.trail = found.trail
             match = refused(anchor, refusal)
         except Exception as error:  # a fault of ours costs this site, not the others
             match = refused(anchor, Unsupported(f"the analysis raised {type(error).__name__}: {error}", anchor))
@@ -232,7 +239,10 @@ def run(shadow: Shadow, training: bool, prepared: Prepared | None = None) -> tup
                 bound.append(binder.write(owner, matches))  # type: ignore[arg-type]
             except Refusal as refusal:
                 sites = [refused(m.anchor, refusal, m.site) for m in matches]  # type: ignore[union-attr]
+            for match in matches:
+                match.attention.trail.into(match.site)  # type: ignore[union-attr]
         record.sites.extend(sites)
+    settle(b.module for b in bound)
     if recognizer.replayed:
         record.note = f"{recognizer.replayed} of {len(record.sites)} sites by replay of an identical layer's proof"
     return record, bound
@@ -242,10 +252,10 @@ def refused(anchor: fx.Node, refusal: Refusal, site: Site | None = None) -> Site
     """Report line of a site that stays as it was."""
     site = site or Site("mla", module_path(anchor), "", False)
     site.matched = False
-    site.source = refusal.source(anchor)
+    site.source, site.node = refusal.source(anchor), refusal.place(anchor)
     site.reason, site.refusal, site.hint = refusal.found, refusal.name, refusal.hint
     site.decision = "left to Inductor"
-    return site
+    return refusal.trail.into(site) if refusal.trail is not None else site
 
 
 def is_training(inputs: list[object]) -> bool:

@@ -44,12 +44,18 @@ class Site:
 
 @dataclass
 class PassRecord:
-    """Considered, matched and refused sites of one pass, and the seconds it took."""
+    """Considered, matched and refused sites of one pass, and the seconds it took.
+
+    What looks like a site and is none counts as neither: ``near_misses`` are worth a line (a top-k over a softmax that
+    is no known router), ``passed_over`` are kept in the JSON record alone (a classifier's softmax, a sampler's top-k).
+    """
 
     name: str
     sites: list[Site] = field(default_factory=list)
     seconds: float = 0.0
     note: str = ""
+    near_misses: list[Site] = field(default_factory=list)
+    passed_over: list[Site] = field(default_factory=list)
 
     @property
     def matched(self) -> int:
@@ -63,4 +69,6 @@ class PassRecord:
             "matched": self.matched,
             "note": self.note,
             "sites": [s.as_dict() for s in self.sites],
+            "near_misses": [s.as_dict() for s in self.near_misses],
+            "passed_over": [s.as_dict() for s in self.passed_over],
         }

@@ -6,15 +6,21 @@ what was found, at which node, and what would make the site match (``hint``).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import fx
 
 from dscompile.passes.graph import source_line
 
+if TYPE_CHECKING:
+    from dscompile.passes.trail import Trail
+
 
 class Refusal(Exception):
-    """Base class. ``node`` is the shadow node that broke the proof."""
+    """Base class. ``node`` is the shadow node that broke the proof, ``trail`` how far it had come."""
 
     hint = ""
+    trail: Trail | None = None
 
     def __init__(self, found: str, node: fx.Node | None = None):
         super().__init__(found)
@@ -29,9 +35,14 @@ class Refusal(Exception):
         line = source_line(self.node)
         return line if line != "?" else source_line(fallback)
 
+    def place(self, fallback: fx.Node | None = None) -> str:
+        """Where the value that broke the proof is made in Dynamo's graph; '' if it has no node there."""
+        known = (n.meta.get("dsinfra_place", "") for n in (self.node, fallback) if n is not None)
+        return next(filter(None, known), "")
+
 
 class NotAttention(Refusal):
-    """A softmax that is no attention (a router, a pooling): reported only on request."""
+    """A softmax that is no attention (a router, a pooling): no site, kept in the JSON record alone."""
 
 
 class NotBilinear(Refusal):
@@ -135,6 +146,24 @@ class SizesDisagree(Refusal):
 
 class Unsupported(Refusal):
     """A form the prover has no rule for."""
+
+
+class OutOfFuel(Refusal):
+    """The option ``fuel`` allows no more rewrites: by request, no fault."""
+
+    hint = "raise options={'fuel': n} or DSINFRA_FUEL, or leave it out to apply every rewrite"
+
+
+class WrongResult(Refusal):
+    """Under ``verify`` the rewritten region computed something else than the model: the graph runs as it was."""
+
+    hint = "a fault of ours, which `dscompile bisect` narrows down; please report it with the files of the option dump"
+
+
+class Withdrawn(Refusal):
+    """Under ``verify`` another site of the graph gave a wrong result, and the whole graph runs as it was."""
+
+    hint = "see the site with the refusal WrongResult"
 
 
 class LayerRefusal(Refusal):

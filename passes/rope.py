@@ -30,6 +30,7 @@ class _Element:
 
     def __init__(self, pull: Pull):
         self.pull = pull
+        self._known: dict[tuple, sympy.Expr] = {}  # both columns of a pair read the same elements
 
     def at(self, node: fx.Node, coords: tuple[int, ...], time: int, depth: int = 0) -> sympy.Expr:
         start = Points(node, tuple(np.array([c]) for c in coords), np.zeros(1, np.int64), time)
@@ -38,7 +39,10 @@ class _Element:
         rule = _RULES.get(node.target) if node.op == "call_function" and depth < DEPTH else None
         if rule is None:
             return sympy.Symbol(f"{node.name}{list(at)}", real=True)
-        return rule(self, node, at, depth + 1)
+        key = (node, at, depth)
+        if key not in self._known:
+            self._known[key] = rule(self, node, at, depth + 1)
+        return self._known[key]
 
     def operand(self, node: fx.Node, value: object, at: tuple[int, ...], depth: int) -> sympy.Expr:
         if isinstance(value, (int, float)):

@@ -20,6 +20,7 @@ from torch import fx
 from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, arg, dtype, name, option, readers
 from dscompile.passes.graph import is_tensor
 from dscompile.passes.refusals import IntermediateUsed, NarrowedPrecision, RouterForm
+from dscompile.passes.trail import Trail
 
 _SPREADING = CASTS | VIEWS | COPIES | {"expand"}
 
@@ -43,6 +44,12 @@ class Choice:
     bias: fx.Node | None = None
     groups: Groups = Groups()
     fill: float = -math.inf
+
+    def describe(self) -> str:
+        """What is chosen by, in words."""
+        limit = f", in {self.groups.topk_group} of {self.groups.n_group} groups" if self.groups.n_group > 1 else ""
+        plain = "logits" if self.scores is None else self.score
+        return plain + (" + bias" if self.bias is not None else "") + limit
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class RouterReader:
         self.indices = indices
         self.memory = indices.memory
 
-    def read(self, topk: fx.Node) -> Router:
+    def read(self, topk: fx.Node, trail: Trail) -> Router:
         """The router whose experts ``topk`` chooses; raises a Refusal."""
         source, top_k = topk.args[0], topk.args[1]
         rank = len(self.indices.shape(source))
@@ -85,10 +92,12 @@ class RouterReader:
         if not last or not option(topk, 3, "largest", True) or not isinstance(top_k, int):
             raise RouterForm("a top-k of another dimension, or of the smallest", topk)
         choice = self.choice(source, self.memory.position[topk])
+        trail.holds(f"experts are the largest by {choice.describe()}")
         items = {user.args[1]: user for user in topk.users if name(user) == "getitem"}
         if 1 not in items:
             raise RouterForm("the chosen experts are not used", topk)
         start = self.chosen_scores(choice, items)
+        trail.holds("weights begin as the chosen scores")
         choice = self.plain(choice, gathered=name(start) == "gather")
         experts = self.indices.shape(source)[-1][0]
         router = self.weights(Router(choice, top_k, items[1], start, experts))
@@ -96,7 +105,21 @@ class RouterReader:
             raise NarrowedPrecision("the router computes in float64", topk)
         if 0 in items and items[0] is not start:
             self.unread(items[0], set())
+        if self.memory.training:
+            self.differentiable(router)
         return router
+
+    def differentiable(self, router: Router) -> None:
+        """Refuses weights whose gradient does not reach the logits on every way: the operator's does."""
+        todo, seen = [router.weight], {router.choice.logits}
+        while todo:
+            node = todo.pop()
+            if node in seen or is_tensor(node) and not dtype(node).is_floating_point:
+                continue
+            seen.add(node)
+            if self.memory.stops_gradient(node):
+                raise RouterForm(f"no gradient flows through `{node.name}`", node)
+            todo.extend(node.all_input_nodes)
 
     # ---- backward: what is chosen from
 

@@ -21,6 +21,8 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dscompile.passes.graph import graph_names, place
+
 # Higher-order operators whose body runs exactly once, with the arguments that follow it.
 INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph"}
 
@@ -115,8 +117,10 @@ def trace(module: fx.GraphModule, inputs: Sequence[object]) -> Shadow:
     for node, name in zip((n for n in twin.graph.nodes if n.op == "placeholder"), names, strict=True):
         node.meta["dynamo_name"] = name
     owners: dict[fx.Node, list[Owner]] = defaultdict(list)
+    bodies = graph_names(module)
     for node, owner in zip(twin.graph.output_node().args[0], recorded, strict=True):
         owners[node].append(owner)
+        node.meta.setdefault("dsinfra_place", place(owner.node, bodies))
         _autocast(node, owner)
         if owner.node in without_grad and owner.node.op not in ("placeholder", "get_attr"):
             node.meta["dsinfra_no_grad"] = True

@@ -24,7 +24,7 @@ from dscompile.passes.anchors import Attention, Operand
 from dscompile.passes.fp8_reads import Fp8Operands, fp8_operands
 from dscompile.passes.graph import Sizes
 from dscompile.passes.memory import Memory
-from dscompile.passes.prove import Array, Coords, Points, Pull, ravel
+from dscompile.passes.prove import Array, Coords, Points, Pull, names_of, one_cast, sample_spots
 from dscompile.passes.refusals import (
     DifferentLatents,
     GroupedHeads,
@@ -32,10 +32,10 @@ from dscompile.passes.refusals import (
     NarrowedPrecision,
     NoUpProjection,
     PerHeadRopeKey,
-    RowsDisagree,
     Unsupported,
     UpProjectionBias,
 )
+from dscompile.passes.weight_rows import Contraction, Rows, WeightReader
 
 aten = torch.ops.aten
 
@@ -50,23 +50,6 @@ class Slot:
     cuts: tuple[tuple[str, int], ...]
     time: int
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Weight of shape [H, width, C]: rows ``offset + h * stride + d`` of ``node`` as a matrix with C columns.
-
-    With ``scale``, the weight is in FP8 and its 128 x 128 blocks are multiplied with that.
-    """
-
-    node: fx.Node
-    offset: int
-    stride: int
-    width: int
-    transposed: bool
-    time: int
-    dtype: torch.dtype
-    scale: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -104,24 +87,6 @@ class Structure:
         return f"H {self.heads}, {order}N {self.nope} + R {self.rope}, V {self.value}, C {self.rank}"
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Contractions: element = sum_k latent[.., k] * weight[.., k]; both hold k = 0, the axes say where k goes.
-    ``dtype`` is that of the product (under autocast its operands are cast to it), ``scale`` of a weight in FP8."""
-
-    dtype: torch.dtype
-    latent: Points
-    latent_axis: int
-    weight: Points
-    weight_axis: int
-    scale: fx.Node | None = None
-
-    def at(self, weight: bool, k: int) -> Points:
-        points, axis = (self.weight, self.weight_axis) if weight else (self.latent, self.latent_axis)
-        coords = tuple(np.full_like(c, k) if i == axis else c for i, c in enumerate(points.coords))
-        return replace(points, coords=coords)
-
-
 def labelled(coords: dict[str, Array], labels: str) -> Coords:
     return tuple(coords[c] for c in labels)
 
@@ -145,19 +110,23 @@ class Prover:
             own = shape(operand.node)[operand.labels.index("h")] if "h" in operand.labels else 1
             if own != heads:
                 raise GroupedHeads(f"{own} key heads for {heads} query heads", operand.node)
+        holds = attention.trail.holds
+        holds("there are as many key heads as query heads")
         time = self.memory.position[term.node]
-        spots = _spots(batch, keys)
+        spots = sample_spots(batch, keys)
         value = self._rows(attention.value, spots, heads, "v", value_width, self.memory.position[attention.out])
         latent = self._latent(value, spots, heads, value_width, attention.value.node)
-        w_uv = self._weight(value, heads, value_width, attention.value.node)
+        w_uv = self._weight(value, heads, value_width)
+        holds("values are an up-projection of one latent")
         nope, rope_first = self._split_key(term.right, latent, spots, heads, width, time)
         rope = width - nope
         first, rest = (rope, 0) if rope_first else (0, nope)
         key = self._rows(term.right, spots, heads, "d", nope, time, first)
         if not self.same(latent[0][0], self._latent(key, spots, heads, nope, term.right.node)[0][0]):
             raise DifferentLatents("keys and values read different elements of the latent", term.right.node)
-        w_uk = self._weight(key, heads, nope, term.right.node)
+        w_uk = self._weight(key, heads, nope)
         rank = self._rank(value)
+        holds("keys are an up-projection of the same latent, behind or before shared columns")
         if rope == 0 and rank >= heads * nope:  # a shared rotated part is MLA at any width (tensor-parallel shards)
             raise NoUpProjection(
                 f"the source of keys and values is {rank} wide, no narrower than {heads} heads x {nope}: "
@@ -165,8 +134,9 @@ class Prover:
                 term.right.node,
             )
         k_rope = self._shared(term.right, spots, heads, rope, rest, time)
+        holds("the other columns of the keys are one key for all heads" if rope else "keys have no other columns")
         dtype = attention.dtype
-        q_spots = _spots(batch, queries)
+        q_spots = sample_spots(batch, queries)
         return Structure(
             heads=heads,
             nope=nope,
@@ -187,7 +157,7 @@ class Prover:
             rope_pages=self._pages(*k_rope) if rope else None,
         )
 
-    def _rank(self, row: _Row) -> int:
+    def _rank(self, row: Contraction) -> int:
         return self.sizes.shape(row.latent.node)[row.latent_axis]
 
     def lengths(self, attention: Attention) -> None:
@@ -201,7 +171,7 @@ class Prover:
         self, operand: Operand, batch: int, length: int, position: str, heads: int, width: int, time: int
     ) -> tuple[Points, dict[str, Array]]:
         """All columns (of all heads) of an operand at a few (request, position) spots."""
-        return self._grid(operand, _spots(batch, length), position, heads, width, 0, time)
+        return self._grid(operand, sample_spots(batch, length), position, heads, width, 0, time)
 
     def _grid(
         self, operand: Operand, spots: Array, position: str, heads: int, width: int, first: int, time: int
@@ -219,13 +189,13 @@ class Prover:
 
     def _rows(
         self, operand: Operand, spots: Array, heads: int, label: str, width: int, time: int, first: int = 0
-    ) -> _Row:
+    ) -> Contraction:
         """Every element of a block of columns as a contraction; refuses if one is something else."""
         points, _ = self._grid(operand, spots, "t", heads, width, first, time)
         ends = self.pull.walk(points)
         if len(ends) != 1:
-            raise NoUpProjection(f"columns come from {len(ends)} tensors: {_names(ends)}", ends[0].node)
-        if not _one_cast(ends[0], self._dtype):
+            raise NoUpProjection(f"columns come from {len(ends)} tensors: {names_of(ends)}", ends[0].node)
+        if not one_cast(ends[0], self._dtype):
             raise NarrowedPrecision(
                 "keys or values are rounded between the up-projection and the attention", operand.node
             )
@@ -234,7 +204,7 @@ class Prover:
             raise NoUpProjection(f"columns are `{ends[0].node.target}`, not an up-projection", ends[0].node)
         return row
 
-    def contraction(self, p: Points) -> _Row | None:
+    def contraction(self, p: Points) -> Contraction | None:
         """Points as products of a latent with a weight, or None."""
         node, order = p.node, np.argsort(p.index)
         coords = tuple(c[order] for c in p.coords)
@@ -249,7 +219,7 @@ class Prover:
         self.pull.seen.add(node)
         time, index = self.memory.position[node], np.arange(len(p.index))
         (latent, at, axis), (weight, at_weight, axis_weight) = sides
-        return _Row(
+        return Contraction(
             node.meta["val"].dtype,
             Points(latent, at, index, time),
             axis,
@@ -299,43 +269,13 @@ class Prover:
         root = self.memory.root(node)
         return root.op in ("placeholder", "get_attr") and isinstance(root.meta["val"], torch.nn.Parameter)
 
-    def _weight(self, row: _Row, heads: int, width: int, node: fx.Node) -> Rows:
-        """Rows of the weight that the block uses: every one, at the first and the last k."""
-        first, last = (self._weight_at(row, k) for k in (0, self._rank(row) - 1))
-        root, rows, transposed, time = first
-        table = rows.reshape(-1, width, heads)
-        offset = int(table[0, 0, 0])
-        stride = int(table[0, 0, 1]) - offset if heads > 1 else width
-        expected = offset + np.arange(heads)[None, :] * stride + np.arange(width)[:, None]
-        same = root is last[0] and transposed == last[2] and (rows == last[1]).all()
-        if not same or (table != expected[None]).any() or stride < width:
-            raise RowsDisagree("rows are not offset + head * stride + d of one weight", row.weight.node)
-        if row.scale is not None:
-            shapes = {self.sizes.shape(n) for n in (root, row.weight.node)}
-            if len(shapes) > 1 or transposed or (rows != row.weight.coords[0]).any():
-                raise RowsDisagree("the FP8 weight is a part of another tensor, its scales are not", row.weight.node)
-        return Rows(root, offset, stride, width, transposed, time, row.dtype, row.scale)
-
-    def _weight_at(self, row: _Row, k: int) -> tuple[fx.Node, Array, bool, int]:
-        """(weight, rows read, transposed, time of the read) at one k."""
-        ends = self.pull.walk(row.at(True, k))
-        if len(ends) != 1:
-            raise RowsDisagree(f"the weight is put together from {_names(ends)}", row.weight.node)
-        (end,) = ends
-        order, rank = np.argsort(end.index), self._rank(row)
-        coords, shape = tuple(c[order] for c in end.coords), self.sizes.shape(end.node)
-        if not _one_cast(end, row.dtype):
-            raise RowsDisagree("the weight is rounded on its way", end.node)
-        if len(shape) >= 2 and shape[-1] == rank and (coords[-1] == k).all():
-            return end.node, ravel(coords[:-1], shape[:-1]), False, end.time
-        if len(shape) == 2 and shape[0] == rank and (coords[0] == k).all():
-            return end.node, coords[1], True, end.time
-        raise RowsDisagree("the weight is no matrix of rows as long as the latent", end.node)
+    def _weight(self, row: Contraction, heads: int, width: int) -> Rows:
+        return WeightReader(self.pull, self.sizes, row, self._rank(row)).rows(heads, width)
 
     # ---- latent and rope key
 
     def _latent(
-        self, row: _Row, spots: Array, heads: int, width: int, node: fx.Node
+        self, row: Contraction, spots: Array, heads: int, width: int, node: fx.Node
     ) -> tuple[tuple[Points, dict[str, Array]], str]:
         """Points of the whole latent at each spot; refuses if it depends on head or column."""
         coords = tuple(c.reshape(len(spots), width * heads) for c in row.latent.coords)
@@ -428,7 +368,7 @@ class Prover:
         found: list[Slot] = []
         own = points.node.meta["val"].dtype
         for step in self.pull.trail(points if own == dtype else replace(points, casts=frozenset({own, dtype}))):
-            if not _one_cast(step, dtype):
+            if not one_cast(step, dtype):
                 break
             slot = self._slot(step, wanted, labels, dtype)
             if slot is not None:
@@ -480,21 +420,3 @@ class Prover:
         if size != 64 or not fits or any(m.any() for m in middle) or len({*offset}) != 1:
             return None
         return Pages(pool, indices[0], int(offset[0]), self.memory.position[last.node])
-
-
-def _one_cast(points: Points, dtype: torch.dtype) -> bool:
-    """True if the node's elements become the value by at most one conversion to ``dtype``."""
-    own = points.node.meta["val"].dtype
-    return not points.casts if own == dtype else points.casts <= {own, dtype}
-
-
-def _names(ends: list[Points]) -> str:
-    return ", ".join(sorted({f"`{e.node.name}`" for e in ends}))
-
-
-def _spots(batch: int, length: int) -> Array:
-    """(request, position) pairs to look at: corners and a few in between, distinct."""
-    rng = np.random.default_rng(0)
-    pairs = [(0, 0), (batch - 1, length - 1), (0, length - 1), (batch - 1, 0), (0, min(1, length - 1))]
-    pairs += [(int(rng.integers(batch)), int(rng.integers(length))) for _ in range(3)]
-    return np.array(sorted(set(pairs)))

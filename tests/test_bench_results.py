@@ -151,10 +151,13 @@ BENCHES = {
 def source_checkout(tmp_path: Path) -> Path:
     """A checkout with a package, the harness and toy benchmarks, apart from this one's results."""
     (tmp_path / "dscompile").mkdir()
-    for name in ("dscompile/__init__.py", "dscompile/_entry.py", "dscompile/cli.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    for name in ("__init__", "_entry", "cli", "config", "errors"):
+        (tmp_path / "dscompile" / f"{name}.py").write_text((ROOT / "dscompile" / f"{name}.py").read_text())
+    (tmp_path / "dscompile" / "lowering").mkdir()
+    for name in ("__init__", "errors"):
+        (tmp_path / "dscompile" / "lowering" / f"{name}.py").write_text((ROOT / "lowering" / f"{name}.py").read_text())
     (tmp_path / "bench").mkdir()
-    for name in ("__init__", "harness", "results", "table"):
+    for name in ("__init__", "harness", "results", "schema", "table", "zoo_table"):
         (tmp_path / "bench" / f"{name}.py").write_text((ROOT / "bench" / f"{name}.py").read_text())
     for name, source in BENCHES.items():
         text = f'"""Toy {name}."""\nROW = {MEASURED!r}\n{source}'
@@ -220,6 +223,54 @@ def test_table_shows_losses_and_origin() -> None:
         "NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2026-11-22. `dscompile bench toy`"
         in lines
     )
+
+
+def zoo_row(**changes: Any) -> dict[str, Any]:
+    found = {
+        "model": "deepseek_v3",
+        "version": "5.23.0",
+        "mode": "prefill",
+        "failure": None,
+        "lowered": 4,
+        "refused": {},
+    }
+    found |= {"error": 6e-7, "eager_error": 0.0, "graphs": 1, "breaks": 0}
+    about = {field: row()[field] for field in ("card", "torch", "triton", "commit", "date")}
+    return {"bench": "zoo", **found, "compile_s": 9.0, "inductor_s": 10.0, "warm_s": 1.5, **about, **changes}
+
+
+def test_zoo_rows_of_other_cards_are_kept(tmp_path: Path) -> None:
+    cpu, old, new = zoo_row(card="CPU"), zoo_row(lowered=3), zoo_row()
+    for rows in ([cpu, old], [new]):
+        results.write("zoo", rows, tmp_path)
+    assert results.read("zoo", tmp_path) == [cpu, new]
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([zoo_row(), zoo_row()], "one row a card and model and version and mode"),
+        ([zoo_row(compile_s=0.0)], "compile_s is 0.0, a time must be positive"),
+        ([zoo_row(error=math.nan)], "error is nan"),
+        ([zoo_row(refused=2)], "refused is 2"),
+        ([row(bench="zoo")], "fields are"),
+    ],
+)
+def test_bad_zoo_rows_are_refused(rows: list[dict[str, Any]], complaint: str) -> None:
+    with pytest.raises(results.BadRow, match=complaint):
+        results.validate(rows, "zoo")
+
+
+def test_zoo_table_folds_modes_and_shows_failures() -> None:
+    refused = {"mla: NoUpProjection": 2}
+    decode = zoo_row(mode="static_decode", refused=refused, error=2e-6, compile_s=None, inductor_s=None, warm_s=None)
+    text = table.render("zoo", [zoo_row(), decode, zoo_row(mode="train", failure="refused {}", error=0.5)])
+    assert (
+        "| deepseek_v3 | 5.23.0 | prefill, static decode: 2/3; **train fails** | 4 | 2 x mla: NoUpProjection "
+        "| 2.0e-06, 0 | 9.0, 10.0 | 1.5 |" in text
+    )
+    cards = table.render("zoo", [zoo_row(card="CPU"), zoo_row()])
+    assert cards.count("| model |") == 2 and "CPU, torch 2.11.0" in cards
 
 
 def test_updated_replaces_marked_blocks_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from dscompile import explain, report
 from dscompile.backend import dsinfra
 from dscompile.errors import DumpDirectoryError
-from dscompile.passes.pipeline import PASSES
+from dscompile.passes.pipeline import NUMBERS, PASSES
 from dscompile.passes.record import PassRecord, Site
 from dscompile.report import CompileReport, summary, table
 from tests.passes.toy import D, S, Toy, randn, sdpa, stack, toy
@@ -50,10 +50,50 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_pass_leaves_its_files(dumped: Path) -> None:
-    expected = {"record.json", "explain.txt", "00_shadow.after.txt"}
-    for number, name in enumerate(PASSES[1:], 1):
-        expected |= {f"{number:02d}_{name}.{end}" for end in ("before.txt", "after.txt", "diff")}
+    expected = {"record.json", "explain.txt", "graphs.json", "00_shadow.after.txt"}
+    for name in (*PASSES[1:], "real_rotation", "mixed_product"):
+        expected |= {f"{NUMBERS[name]:02d}_{name}.{end}" for end in ("before.txt", "after.txt", "diff")}
     assert {p.name for p in dumped.iterdir()} == expected
+
+
+def test_graphs_hold_each_line_once(dumped: Path) -> None:
+    """What `graphs.json` says of a graph is what its readable text says."""
+    graphs = json.loads((dumped / "graphs.json").read_text())
+    names, files = graphs["names"], graphs["files"]
+
+    def text(row: list) -> str:
+        body, name, kind, call, args, place = row
+        at = graphs["places"][place] if place >= 0 else None
+        spelled = "".join(names[part] if isinstance(part, int) else part for part in args)
+        left = f"{names[name]}: {kind}" if kind else names[name]
+        return f"  {left} = {call}({spelled})" + (f"  # {files[at[0]]['file']}:{at[1]}" if at else "")
+
+    for file in dumped.glob("*.before.txt"):
+        runs = graphs["graphs"][graphs["passes"][file.name.split(".")[0][3:]]["before"]]
+        rows = [graphs["rows"][i] for first, count in runs for i in range(first, first + count)]
+        assert [text(row) for row in rows] == file.read_text().splitlines()[1:], file.name
+    stages = graphs["passes"]
+    assert stages["absorb"]["before"] == stages["absorb"]["after"] == stages["recognize_mla"]["after"]
+    assert len({json.dumps(row) for row in graphs["rows"]}) == len(graphs["rows"])
+
+
+def test_only_lines_near_those_of_nodes_are_kept(dumped: Path) -> None:
+    graphs = json.loads((dumped / "graphs.json").read_text())
+    source = (ROOT / "tests" / "passes" / "toy.py").read_text().splitlines()
+    number = [file["file"] for file in graphs["files"]].index("passes/toy.py")
+    pointed = {line for file, line in graphs["places"] if file == number}
+    kept = {int(line): text for line, text in graphs["files"][number]["lines"].items()}
+    assert pointed <= set(kept) and all(source[line - 1].rstrip() == text for line, text in kept.items())
+    assert all(min(abs(line - other) for other in pointed) <= 2 for line in kept)
+
+
+def test_a_file_that_cannot_be_read_costs_its_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "dscompile.snapshots.open", lambda *_, **__: (_ for _ in ()).throw(PermissionError), raising=False
+    )
+    run(Toy(), randn(2, S, D), dump=str(tmp_path))
+    graphs = json.loads((tmp_path / "graph_000" / "graphs.json").read_text())
+    assert graphs["places"] and all(file["lines"] == {} for file in graphs["files"])
 
 
 def test_graphs_are_readable(dumped: Path) -> None:
@@ -76,8 +116,9 @@ def test_the_difference_shows_what_a_pass_wrote(dumped: Path) -> None:
 
 def test_the_record_is_complete(dumped: Path) -> None:
     record = json.loads((dumped / "record.json").read_text())
-    assert set(record) == {"device", "error", "op_counts", "passes"}
-    assert [p["name"] for p in record["passes"]] == list(PASSES)
+    assert set(record) == {"device", "error", "op_counts", "passes", "rewrites", "settings", "versions"}
+    assert [p["name"] for p in record["passes"]] == [*PASSES, "real_rotation", "mixed_product"]
+    assert record["settings"] == {"inner": "eager"} and record["versions"]["torch"] == torch.__version__
     recognised = record["passes"][1]
     assert (recognised["considered"], recognised["matched"]) == (2, 1) and recognised["seconds"] >= 0
     assert [set(s) for s in recognised["sites"]] == [set(Site("", "", "", True).as_dict())] * 2

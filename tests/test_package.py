@@ -80,7 +80,7 @@ def test_wheel_holds_every_source_as_a_real_file(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT)
             through_link = folder == "dscompile" and inside.parts[1] in FOLDERS
-            if path.suffix in (".py", ".json") and not through_link:
+            if path.suffix in (".py", ".json", ".js", ".css", ".html") and not through_link:
                 sources.add(str(prefix / inside))
     assert sources <= set(packed), f"missing in pyproject's packages or package-data: {sorted(sources - set(packed))}"
     modes = {name: info.external_attr >> 28 for name, info in packed.items()}

@@ -11,6 +11,7 @@ TIERS = {
     "interpreter": "Triton's interpreter: TRITON_INTERPRET=1 from the start of the process",
     "compile_only": "Triton's compiler for sm_90a, without a device",
     "versions": "another version of transformers or Triton, in the folder that a DSINFRA_* variable names",
+    "browser": "Chromium, and playwright to drive it",
     "packaging": "pip and setuptools, to build the package",
 }
 

@@ -9,7 +9,7 @@ from tests.models.harness import median_token_error, relative_errors, run_case
 from tests.zoo import Precision, by_name
 
 HALVES = {"bfloat16": Precision(torch.bfloat16), "float16": Precision(torch.float16)}
-NAMES = ("toy/plain", "toy/eager_triu", "reference/absorbed_decode", "deepseek_v3/sdpa", "deepseek_v3/static_decode")
+NAMES = ("toy/plain", "toy/eager_triu", "reference/absorbed_decode", "deepseek_v3/prefill", "deepseek_v3/static_decode")
 
 
 @pytest.mark.parametrize("precision", HALVES.values(), ids=HALVES.keys())

@@ -103,6 +103,23 @@ def test_inference(over: str, make: Callable[[], nn.Module] | None) -> None:
     assert ("stacked once" in only([report]).decision) == (make is not None)
 
 
+class Sigmoid(Loop):
+    """Routed without a softmax, so that nothing but the loop itself asks for an analysis."""
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        x = x_BSD.reshape(-1, D)
+        weight, idx = self.router(x).sigmoid().topk(K)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y = self.term(y, x, weight, idx, e, expert)
+        return y.view(x_BSD.shape)
+
+
+def test_a_loop_in_a_graph_without_softmax() -> None:
+    found = same_as_eager(toy(partial(Sigmoid, "all", None)), (randn(2, 3, D),))
+    assert {s.kind for r in found for s in r.sites if s.matched} == {"experts", "route"}
+
+
 @pytest.mark.parametrize("over", OVER)
 def test_training_of_slices(over: str) -> None:
     (report,) = same_as_eager(toy(partial(Loop, over, None)), (randn(2, 6, D),), train=True)

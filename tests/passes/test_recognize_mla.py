@@ -243,10 +243,12 @@ def test_sizes_disagree() -> None:
 
 
 def test_every_refusal_is_covered() -> None:
-    """NotAttention is raised for softmaxes of other uses, and is no line of the report (the router above)."""
+    """NotAttention is raised for softmaxes of other uses, and is no line of the report (the router above); fuel and
+    the self-check have tests of their own."""
     found = [c for c in vars(refusals).values() if isinstance(c, type) and issubclass(c, refusals.Refusal)]
     classes = {c.__name__ for c in found if not issubclass(c, refusals.LayerRefusal)}
-    assert classes == {*REFUSALS, "Refusal", "NotAttention", "SizesDisagree"}
+    others = {"Refusal", "NotAttention", "SizesDisagree", "OutOfFuel", "WrongResult", "Withdrawn"}
+    assert classes == {*REFUSALS, *others}
 
 
 def test_a_refused_site_leaves_the_others() -> None:
@@ -494,3 +496,51 @@ def test_a_learned_mask_keeps_its_gradient() -> None:
 def test_keys_that_are_also_read_elsewhere() -> None:
     changed = toy(attend=lambda self, q, k, v: sdpa(q, k, v, is_causal=True) + k.mean() + v.mean())
     assert only_site(same_as_eager(changed, train=True)).matched
+
+
+REORDERED = {
+    "neighbours": lambda w: torch.cat([w[:, :1], w[:, 2:3], w[:, 1:2], w[:, 3:]], 1),
+    "by_views": lambda w: w.unflatten(1, (3, 4)).transpose(1, 2).reshape(w.shape),
+    "inner_digits": lambda w: w.unflatten(1, (3, 2, 2)).transpose(2, 3).reshape(w.shape),
+    "of_the_last_rows": lambda w: torch.cat([w[:-5], w[-5:].unflatten(1, (3, 4)).transpose(1, 2).flatten(1)]),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_a_weight_with_its_inner_columns_reordered(name: str) -> None:
+    """The first and the last column stay where they are."""
+    changed = REORDERED[name]
+    reports = same_as_eager(toy(up=lambda s, c: _up(s, F.linear(c, changed(s.b.weight)))))
+    assert only_site(reports).refusal == "RowsDisagree"
+
+
+def _up(self: Toy, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return kv.view(*kv.shape[:2], H, N + V).transpose(1, 2).split([N, V], -1)
+
+
+@pytest.mark.parametrize(("digits", "pair"), [((8, 2, 2, 2), (2, 3)), ((2, 2, 16), (1, 2)), ((4, 16), (1, 2))], ids=str)
+def test_positions_reordered_by_views(digits: tuple[int, ...], pair: tuple[int, int]) -> None:
+    """Keys and values read positions in another order than the latent has, and so must the operator."""
+
+    def forward(self: Toy, x: torch.Tensor) -> torch.Tensor:
+        q_nope, q_rope, latent, k_rope = self.parts(x)
+        k_nope, v = self.up(latent.unflatten(1, digits).transpose(*pair).reshape(latent.shape))
+        return self.finish(q_nope, q_rope, k_nope, k_rope, v)
+
+    reports = same_as_eager(toy(forward=forward), (randn(1, 64, D),))
+    assert only_site(reports).matched
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_a_query_that_is_changed_behind_the_attention(train: bool) -> None:
+    """The operator's backward reads it, eager's reads the query times the scale."""
+
+    def forward(self: Toy, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q(x).view(*x.shape[:2], H, N + R).transpose(1, 2)
+        _, _, latent, k_rope = self.parts(x)
+        k_nope, v = self.up(latent)
+        o = sdpa(q, torch.cat([k_nope, k_rope.expand(-1, H, -1, -1)], -1), v)
+        return self.o(o.transpose(1, 2).flatten(2)), q.mul_(2)
+
+    site = only_site(same_as_eager(toy(forward=forward), train=train))
+    assert (site.matched, site.refusal) == ((False, "MutatedOperand") if train else (True, ""))

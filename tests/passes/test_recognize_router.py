@@ -126,11 +126,83 @@ def test_forms(name: str, lengths: bool) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_training_keeps_the_models_own(name: str) -> None:
+def test_training(name: str) -> None:
+    """Gradients of the router's weight, through what it gives the chosen experts, are eager's."""
     (report,) = same_as_eager(routed(FORMS[name][0]), train=True)
-    assert report.op_counts.get("experts") == 1 and "route" not in report.op_counts
-    (record,) = [r for r in report.records if r.name == "recognize_router"]
-    assert "training" in record.note
+    assert report.op_counts == {"experts": 1, "route": 1}
+
+
+def choice_without_gradient(self, x):  # type: ignore[no-untyped-def]
+    scores = self.router(x).sigmoid()
+    with torch.no_grad():
+        idx = groups(scores + self.bias, "top2", 2, -math.inf).topk(2, sorted=False)[1]
+    return idx, scores.gather(-1, idx) * 2.5
+
+
+def learned_bias(self, x):  # type: ignore[no-untyped-def]
+    scores = self.router(x).sigmoid()
+    idx = (scores + self.router.weight[:, 0]).topk(2).indices
+    return idx, scores.gather(-1, idx)
+
+
+def detached_sum(self, x):  # type: ignore[no-untyped-def]
+    weight, idx = self.router(x).softmax(-1).topk(2)
+    return idx, weight / weight.sum(-1, keepdim=True).detach()  # stays behind the operator
+
+
+@pytest.mark.parametrize("route", [choice_without_gradient, learned_bias, detached_sum], ids=lambda r: r.__name__)
+def test_training_whose_choice_has_no_gradient(route: Router) -> None:
+    (report,) = same_as_eager(routed(route), train=True)
+    assert report.op_counts == {"experts": 1, "route": 1}
+
+
+def counted_before(self, x):  # type: ignore[no-untyped-def]
+    scores = self.router(x).sigmoid()
+    with torch.no_grad():
+        idx = scores.topk(2)[1]
+        self.bias.add_(F.one_hot(idx, 8).sum((0, 1)))
+    return idx, scores.gather(-1, idx)
+
+
+def test_training_that_counts_the_choice_first() -> None:
+    """The operator stands where the weights are made, and the count in front of them must see the same choice."""
+    reports = same_as_eager(routed(counted_before), train=True)
+    site = router_of(reports)
+    assert not site.matched and site.refusal == "IntermediateUsed"
+
+
+def detached_scores(self, x):  # type: ignore[no-untyped-def]
+    scores = self.router(x).sigmoid()
+    weight, idx = scores.detach().topk(2)
+    return idx, weight
+
+
+def weights_without_gradient(self, x):  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        weight, idx = self.router(x).softmax(-1).topk(2)
+    return idx, weight
+
+
+def test_training_with_logits_changed_behind_the_router() -> None:
+    """The operator keeps them for its backward, where eager keeps the softmax."""
+
+    def route(self, x):  # type: ignore[no-untyped-def]
+        logits = self.router(x)
+        weight, idx = logits.softmax(-1).topk(2)
+        logits.zero_()
+        return idx, weight
+
+    assert router_of(same_as_eager(routed(route), train=True)).refusal == "MutatedOperand"
+    assert router_of(same_as_eager(routed(route))).matched
+
+
+@pytest.mark.parametrize("route", [detached_scores, weights_without_gradient], ids=lambda r: r.__name__)
+def test_training_without_the_gradient(route: Router) -> None:
+    """Where the model cuts a gradient off, the operator would let it through."""
+    reports = same_as_eager(routed(route), train=True)
+    site = router_of(reports)
+    assert not site.matched and "no gradient flows" in site.reason
+    same_as_eager(routed(route))
 
 
 def test_three_dimensional_logits() -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from dscompile.backend import dsinfra
 from dscompile.passes.memory import Memory
+from dscompile.passes.record import PassRecord
 from dscompile.passes.shadow import Shadow, trace
 from dscompile.report import CompileReport
 
@@ -44,3 +45,17 @@ def compiled(fn: Callable, *args: Any, **settings: Any) -> tuple[Any, list[Compi
 
     torch._dynamo.reset()
     return torch.compile(fn, backend=backend, **settings)(*args), reports
+
+
+def rewritten(step: Callable[[fx.GraphModule], PassRecord], fn: Callable, *args: Any) -> tuple[Any, PassRecord, Any]:
+    """(``fn(*args)`` after one pass that rewrites Dynamo's graph by itself, its record, the graph)."""
+    seen: list[tuple[PassRecord, fx.GraphModule]] = []
+
+    def backend(module: fx.GraphModule, inputs: list) -> Callable:
+        seen.append((step(module), module))
+        return module.forward
+
+    torch._dynamo.reset()
+    result = torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*args)
+    ((record, module),) = seen
+    return result, record, module

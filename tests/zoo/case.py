@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-Mode = Literal["prefill", "lengths", "padded", "packed", "static_decode", "dynamic_decode", "train"]
+Mode = Literal["prefill", "lengths", "padded", "packed", "static_decode", "dynamic_decode", "generate", "train"]
 
 # Tables that a model keeps in float32 whatever its weights are.
 _ALWAYS_FLOAT32 = ("e_score_correction_bias",)
@@ -40,6 +40,20 @@ class Precision:
         return module
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large the models of the matrix are built, where they run, and how their weights are stored."""
+
+    name: Literal["micro", "true"]
+    device: str
+    precision: Precision
+
+
+# `true` has the widths that the kernels are written for.
+MICRO_SIZE = Size("micro", "cpu", Precision())
+TRUE_SIZE = Size("true", "cuda", Precision(torch.bfloat16))
+
+
 class Example(NamedTuple):
     """A module, the arguments of its first call, and the positional arguments of the calls after it.
 
@@ -64,7 +78,8 @@ class ZooCase:
 
     name: readable and unique, the id of its tests.
     make: builds it; the same precision gives the same weights and inputs every time.
-    mode: what is run; `train` means forward and backward.
+    mode: what is run; `train` means forward and backward, `generate` that `args` and `kwargs` are those of the module's
+        `generate`.
     sites: attention sites that must become `dsinfra::mla` or `dsinfra::mla_decode` in each graph; None where both a
         match and a refusal are right, and only the numbers are checked.
     experts: expert layers that must become `dsinfra::experts` in each graph.
@@ -76,6 +91,7 @@ class ZooCase:
     random: the module draws random numbers, so that its values can't be compared.
     autocast: run under `torch.autocast` to this dtype.
     fullgraph: whether one graph must hold the whole module.
+    precision: of the compiled run, unless a test asks for another.
     tags: words to select by.
     """
 
@@ -92,11 +108,12 @@ class ZooCase:
     random: bool = False
     autocast: torch.dtype | None = None
     fullgraph: bool = True
+    precision: Precision = Precision()
     tags: frozenset[str] = field(default_factory=frozenset)
 
     def example(self, precision: Precision | None = None) -> Example:
         """Build the module with the inputs of all its calls."""
-        return self.make(precision or Precision())
+        return self.make(precision or self.precision)
 
     def reference(self, precision: Precision) -> Precision:
         """The precision of the run to compare with: equal weights, wider arithmetic where the module allows it."""

@@ -1,4 +1,8 @@
-"""The list of zoo cases. A case's name is `family/variant`; its tags say which suites pick it up."""
+"""The list of zoo cases. A case's name is `family/variant`; its tags say which suites pick it up.
+
+Written here are modules by hand and variants of real models; the models themselves in all their modes are the cells of
+`matrix.py`, tagged so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.zoo import expert_near_misses, hf, near_misses
+from tests.zoo import expert_near_misses, hf, matrix, near_misses
 from tests.zoo.case import Example, Precision, ZooCase
 from tests.zoo.experts import Layer, TitanMoE, ToyExperts
 from tests.zoo.reference_form import ReferenceMLA
@@ -183,9 +187,7 @@ def _experts() -> list[ZooCase]:
             ZooCase(f"experts/{name}", partial(_toy_experts, build, False), experts=1, routers=1, **base)
             for name, build in forms.items()
         ),
-        ZooCase(
-            "experts/train", partial(_toy_experts, ToyExperts, True), "train", experts=1, router_softmaxes=1, **base
-        ),
+        ZooCase("experts/train", partial(_toy_experts, ToyExperts, True), "train", experts=1, routers=1, **base),
         *(
             ZooCase(f"near_miss/{name}", partial(_toy_experts, build, False), refusal=why, routers=routers, **base)
             for name, (build, why, routers) in refused.items()
@@ -210,14 +212,8 @@ def _hf(
 
     # transformers' normalisation, rotation and router cast to float32 inside: wider arithmetic would not reach them.
     experts = hf.expert_layers(model_type, **(overrides or {}))
-    routers = 0 if expected.get("mode") == "train" else experts  # training keeps the model's own
-    expected = {"sites": hf.LAYERS, "widest": torch.float32, "experts": experts, "routers": routers, **expected}
+    expected = {"sites": hf.LAYERS, "widest": torch.float32, "experts": experts, "routers": experts, **expected}
     return ZooCase(name, make, tags=frozenset({"hf", *tags}), **expected)
-
-
-def _cached(**expected: Any) -> dict[str, Any]:
-    """What a decode case expects: nothing to match where the installed transformers caches expanded heads."""
-    return expected if hf.CACHES_LATENT else {**expected, "sites": 0, "refusal": "NoUpProjection"}
 
 
 def _huggingface() -> list[ZooCase]:
@@ -234,11 +230,9 @@ def _huggingface() -> list[ZooCase]:
         for name, overrides in variants.items()
     ]
     cases += [
-        v3("deepseek_v3/sdpa", hf.prefill, tags=core),
         v3("deepseek_v3/eager", hf.prefill, overrides={"attention": "eager"}, tags=core),
         v3("deepseek_v3/three_layers", hf.prefill, overrides={"num_hidden_layers": 3}, sites=3),
         v3("deepseek_v3/lengths", hf.lengths, mode="lengths", graphs=2),
-        v3("deepseek_v3/padded", hf.padded, mode="padded", tags=core),
         v3(
             "deepseek_v3/padded_eager",
             hf.padded,
@@ -247,10 +241,6 @@ def _huggingface() -> list[ZooCase]:
             overrides={**dense, "attention": "eager"},
             sites=1,
         ),
-        v3("deepseek_v3/packed", hf.packed, mode="packed"),
-        v3("deepseek_v3/static_decode", hf.static_decode, tags=core, **_cached(mode="static_decode")),
-        v3("deepseek_v3/dynamic_decode", hf.dynamic_decode, tags=core, **_cached(mode="dynamic_decode", graphs=2)),
-        v3("deepseek_v3/train", hf.train, mode="train"),
         # In 5.17 and 5.12 no backend can compile the backward of the experts' float32 fallback.
         v3("deepseek_v3/train_dense", hf.train, mode="train", overrides=dense, sites=1, tags=core),
         v3("deepseek_v3/train_eager", hf.train, mode="train", overrides={**dense, "attention": "eager"}, sites=1),
@@ -279,28 +269,17 @@ def _huggingface() -> list[ZooCase]:
     lite = {"q_lora_rank": None, "topk_method": "greedy"}
     v2 = partial(_hf, model_type="deepseek_v2")
     cases += [
-        v2("deepseek_v2_lite/sdpa", hf.prefill, overrides=lite, tags=core),
-        v2("deepseek_v2_lite/static_decode", hf.static_decode, overrides=lite, **_cached(mode="static_decode")),
-        v2("deepseek_v2_lite/train", hf.train, overrides={**lite, **dense}, mode="train", sites=1),
-        _hf("minicpm3/sdpa", hf.prefill, "minicpm3"),
-        _hf("minicpm3/static_decode", hf.static_decode, "minicpm3", **_cached(mode="static_decode")),
-    ]
-    # Grouped-query attention: only the expert layers are ours. The sinks of gpt_oss have no SDPA form.
-    gpt_oss, eager = partial(_hf, model_type="gpt_oss", sites=None), {"attention": "eager"}
-    cases += [
-        _hf("qwen3_moe/prefill", hf.prefill, "qwen3_moe", sites=None),
-        _hf("qwen3_moe/train", hf.train, "qwen3_moe", sites=None, mode="train"),
+        v2("deepseek_v2_lite/train_dense", hf.train, overrides={**lite, **dense}, mode="train", sites=1),
+        # Grouped-query attention: only the expert layers are ours.
         _hf("mixtral/lengths", hf.lengths, "mixtral", sites=None, mode="lengths", graphs=2),
-        gpt_oss("gpt_oss/prefill", hf.prefill, overrides=eager),
-        gpt_oss("gpt_oss/batched", hf.prefill, overrides={**eager, "experts": "batched_mm"}),
-        gpt_oss("gpt_oss/train", hf.train, overrides=eager, mode="train"),
-        _hf("glm4_moe/prefill", hf.prefill, "glm4_moe", sites=None),
-        v3(
-            "deepseek_v3/batched_decode",
-            hf.static_decode,
-            overrides={"experts": "batched_mm"},
-            **_cached(mode="static_decode"),
+        _hf(
+            "gpt_oss/batched",
+            hf.prefill,
+            "gpt_oss",
+            sites=None,
+            overrides={"attention": "eager", "experts": "batched_mm"},
         ),
+        _hf("glm4_moe/prefill", hf.prefill, "glm4_moe", sites=None),
     ]
     # 5.12's group-limited router reads an attribute that its MoE module does not have.
     if hf.VERSION >= (5, 15):
@@ -310,7 +289,8 @@ def _huggingface() -> list[ZooCase]:
 
 def _collect() -> dict[str, ZooCase]:
     cases: dict[str, ZooCase] = {}
-    for case in [*_toys(), *_near_misses(), *_references(), *_experts(), *_huggingface()]:
+    by_hand = [*_toys(), *_near_misses(), *_references(), *_experts(), *_huggingface()]
+    for case in [*by_hand, *(cell.case for cell in matrix.cells())]:
         if case.name in cases:
             raise ValueError(f"two zoo cases are named {case.name!r}")
         cases[case.name] = case

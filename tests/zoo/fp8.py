@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import ScalingType
 
 from tests.zoo import hf
-from tests.zoo.case import Precision
+from tests.zoo.case import MICRO_SIZE, Precision, Size
 
 FP8 = torch.float8_e4m3fn
 MICRO_FP8: dict[str, Any] = {
@@ -44,13 +44,16 @@ def dequantized(values: torch.Tensor, scale: torch.Tensor, block: int = 128) -> 
     return values.float() * spread
 
 
-def hf_pair(model_type: str = "deepseek_v3", block: int = 128, **overrides: Any) -> tuple[nn.Module, nn.Module]:
+def hf_pair(
+    model_type: str = "deepseek_v3", block: int = 128, size: Size = MICRO_SIZE, **overrides: Any
+) -> tuple[nn.Module, nn.Module]:
     """(transformers' FP8 model in bfloat16, its float32 twin), of equal weights."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
     settings = {name: overrides.pop(name) for name in ("activation_scheme", "scale_fmt") if name in overrides}
-    twin = hf.build_model(model_type, Precision(), **{**MICRO_FP8, **overrides})
+    widths = MICRO_FP8 if size.name == "micro" else {}
+    twin = hf.build_model(model_type, Precision(), size=size, **{**widths, **overrides})
     for parameter in twin.parameters():
         parameter.data = parameter.data.bfloat16().float()
     config = FineGrainedFP8Config(weight_block_size=(block, block), **settings)
@@ -153,10 +156,20 @@ class KernelLinear(nn.Module):
 
     def __init__(self, N: int, K: int):
         super().__init__()
-        values, scale = quantized(torch.randn(N, K))
+        self.store(*quantized(torch.randn(N, K)))
+
+    @classmethod
+    def of(cls, values: torch.Tensor, scale: torch.Tensor) -> KernelLinear:
+        """Over a weight that is quantised already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.store(values, scale)
+        return made
+
+    def store(self, values: torch.Tensor, scale: torch.Tensor) -> None:
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        values, scale = act_quant(x, 128)
+        values, scale = act_quant(x.contiguous(), 128)
         return fp8_gemm(values, scale, self.weight, self.scale)

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from tests.zoo.case import Example, Precision
+from tests.zoo.case import MICRO_SIZE, Example, Precision, Size
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
@@ -47,6 +47,23 @@ MICRO: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+# Widths that the kernels take: a latent of 512, heads of 128 + 64.
+TRUE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+}
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -62,15 +79,49 @@ YARN = {
 TYPES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_mtp_layers": 0},
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "deepseek_v32": {"num_mtp_layers": 0, "index_topk": 8, "index_head_dim": 32, "index_n_heads": 4},
     "minicpm3": {},
+    "kimi_linear": {
+        "q_lora_rank": None,
+        "num_local_experts": 8,
+        "linear_num_heads": 4,
+        "linear_head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "longcat_flash": {
+        "num_layers": LAYERS,
+        "ffn_hidden_size": 256,
+        "expert_ffn_hidden_size": 64,
+        "moe_topk": 2,
+        "zero_expert_num": 4,
+        "head_dim": 16,
+    },
     "qwen3_moe": {"num_experts": 8, "num_key_value_heads": 2, "head_dim": 32, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2, "head_dim": 32},
     "gpt_oss": {"num_local_experts": 8, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": None},
     "glm4_moe": {"num_key_value_heads": 2, "head_dim": 32},
 }
 
+# What they add to the widths of `TRUE` instead.
+TRUE_TYPES: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {"index_topk": 64, "index_head_dim": 128, "index_n_heads": 16},
+    "kimi_linear": {
+        "num_local_experts": 16,
+        "linear_num_heads": 16,
+        "linear_head_dim": 64,
+        "num_hidden_layers": 5,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"] * 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+    },
+    "longcat_flash": {"ffn_hidden_size": 2048, "expert_ffn_hidden_size": 256, "moe_topk": 4, "head_dim": 64},
+    "qwen3_moe": {"num_experts": 16, "num_key_value_heads": 4, "head_dim": 128},
+    "gpt_oss": {"num_local_experts": 16, "num_key_value_heads": 4, "head_dim": 64},
+}
+
 DENSE = ("minicpm3",)
-DENSE_FIRST = ("deepseek_v3", "deepseek_v2", "glm4_moe")  # with `first_k_dense_replace` layers without experts
+# With `first_k_dense_replace` layers without experts.
+DENSE_FIRST = ("deepseek_v3", "deepseek_v2", "deepseek_v32", "glm4_moe")
 
 
 def build_model(
@@ -79,13 +130,14 @@ def build_model(
     *,
     attention: str = "sdpa",
     experts: str | None = None,
+    size: Size = MICRO_SIZE,
     **overrides: Any,
 ) -> nn.Module:
     """A model in evaluation mode, from the base, the model type's additions and `overrides` of the configuration.
 
     `experts` is the implementation of the expert layers by transformers' name; None is its default.
     """
-    config = AutoConfig.for_model(model_type, **{**MICRO, **TYPES[model_type], **overrides})
+    config = AutoConfig.for_model(model_type, **{**base(model_type, size), **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         chosen = {} if experts is None else {"experts_implementation": experts}
@@ -97,7 +149,13 @@ def build_model(
                 nn.init.normal_(tensor, std=0.1)
             elif tensor.dim() >= 2 and isinstance(tensor, nn.Parameter):
                 nn.init.normal_(tensor, std=0.08)
-    return (precision or Precision()).settle(model).eval()
+    return (precision or Precision()).settle(model).eval().to(size.device)
+
+
+def base(model_type: str, size: Size = MICRO_SIZE) -> dict[str, Any]:
+    """The configuration of a model type at a size, before a case's own overrides."""
+    found = {**MICRO, **TYPES[model_type]}
+    return found if size.name == "micro" else {**found, **TRUE, **TRUE_TYPES.get(model_type, {})}
 
 
 def expert_layers(model_type: str, **overrides: Any) -> int:
@@ -113,13 +171,17 @@ def tokens(batch: int, length: int, seed: int = 0, vocabulary: int = MICRO["voca
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def _ids(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return tokens(batch, length, seed).to(next(model.parameters()).device)
+
+
 def prefill(model: nn.Module, batch: int = 2, length: int = 12) -> Example:
-    return Example(model, (tokens(batch, length),), {"use_cache": False})
+    return Example(model, (_ids(model, batch, length),), {"use_cache": False})
 
 
 def lengths(model: nn.Module) -> Example:
     """Four prompts of different lengths."""
-    first, *rest = [(tokens(2, length, seed=length),) for length in (12, 17, 31, 24)]
+    first, *rest = [(_ids(model, 2, length, seed=length),) for length in (12, 17, 31, 24)]
     return Example(model, first, {"use_cache": False}, tuple(rest))
 
 
@@ -129,7 +191,7 @@ def padded(model: nn.Module, compare_padding: bool = True) -> Example:
     What such a query gives depends on the attention: zero from SDPA, the mean of all values from transformers' own
     attention, whose mask is a large negative number. Nothing reads it.
     """
-    ids = tokens(2, 12)
+    ids = _ids(model, 2, 12)
     keep = torch.ones_like(ids)
     ids[0, :4], keep[0, :4] = MICRO["pad_token_id"], 0
     kwargs = {"attention_mask": keep, "use_cache": False}
@@ -138,8 +200,9 @@ def padded(model: nn.Module, compare_padding: bool = True) -> Example:
 
 def packed(model: nn.Module) -> Example:
     """Two sequences in one row: positions that start again are transformers' sign of a boundary."""
-    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
-    return Example(model, (tokens(1, 12),), {"position_ids": positions, "use_cache": False})
+    ids = _ids(model, 1, 12)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None].to(ids.device)
+    return Example(model, (ids,), {"position_ids": positions, "use_cache": False})
 
 
 def returning_attentions(model: nn.Module) -> Example:
@@ -154,8 +217,8 @@ def returning_attentions(model: nn.Module) -> Example:
 def decode(model: nn.Module, cache: Any, steps: int, batch: int = 2, prompt: int = 10) -> Example:
     """`steps` single-token calls over a cache that the uncompiled model filled with a prompt."""
     with torch.no_grad():
-        model(tokens(batch, prompt), past_key_values=cache, use_cache=True)
-    first, *rest = [(tokens(batch, 1, seed=step),) for step in range(1, steps + 1)]
+        model(_ids(model, batch, prompt), past_key_values=cache, use_cache=True)
+    first, *rest = [(_ids(model, batch, 1, seed=step),) for step in range(1, steps + 1)]
     return Example(model, first, {"past_key_values": cache, "use_cache": True}, tuple(rest))
 
 
@@ -174,5 +237,11 @@ def train(model: nn.Module, checkpointing: bool = False) -> Example:
         # Renamed between the supported versions; the old name warns in the new ones.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    ids = tokens(2, 12)
+    ids = _ids(model, 2, 12)
     return Example(model, (ids,), {"labels": ids, "use_cache": False})
+
+
+def generate(model: nn.Module, new_tokens: int = 8) -> Example:
+    """Greedy continuations of two prompts over a static cache, all of one length."""
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    return Example(model, (_ids(model, 2, 10),), {**settings, "cache_implementation": "static"})

@@ -8,10 +8,26 @@ terms. The softmax is in float32, `start_pos` is a Python int, and the rotation 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+
+from tests.zoo import fp8
+
+
+@dataclass(frozen=True)
+class Widths:
+    """D model, H heads, Q query's latent, C latent, N + R a key's two parts, V value."""
+
+    D: int = 64
+    H: int = 4
+    Q: int = 48
+    C: int = 32
+    N: int = 16
+    R: int = 8
+    V: int = 12
 
 
 def rotate_pairs(x_BSHR: torch.Tensor, turns_SR: torch.Tensor) -> torch.Tensor:
@@ -23,11 +39,19 @@ def rotate_pairs(x_BSHR: torch.Tensor, turns_SR: torch.Tensor) -> torch.Tensor:
 class ReferenceMLA(nn.Module):
     """`forward(x_BSD, start_pos)`: reads and extends its caches of `max_len` tokens in place."""
 
-    def __init__(self, form: Literal["naive", "cached_heads", "absorbed"], max_batch: int = 3, max_len: int = 40):
+    def __init__(
+        self,
+        form: Literal["naive", "cached_heads", "absorbed"],
+        max_batch: int = 3,
+        max_len: int = 40,
+        widths: Widths | None = None,
+    ):
         super().__init__()
-        self.D, self.H, self.C, self.N, self.R, self.V = D, H, C, N, R, V = 64, 4, 32, 16, 8, 12
+        w = widths or Widths()
+        self.D, self.H, self.C, self.N, self.R, self.V = D, H, C, N, R, V = w.D, w.H, w.C, w.N, w.R, w.V
         self.form, self.softmax_scale = form, (N + R) ** -0.5
-        self.wq_a, self.q_norm, self.wq_b = nn.Linear(D, 48, False), nn.RMSNorm(48), nn.Linear(48, H * (N + R), False)
+        self.wq_a, self.q_norm = nn.Linear(D, w.Q, False), nn.RMSNorm(w.Q)
+        self.wq_b = nn.Linear(w.Q, H * (N + R), False)
         self.wkv_a, self.kv_norm = nn.Linear(D, C + R, False), nn.RMSNorm(C)
         self.wkv_b, self.wo = nn.Linear(C, H * (N + V), False), nn.Linear(H * V, D, False)
         angles = torch.arange(max_len)[:, None] * 10000.0 ** -(torch.arange(0, R, 2).float() / R)
@@ -45,7 +69,7 @@ class ReferenceMLA(nn.Module):
     def forward(self, x: torch.Tensor, start_pos: int) -> torch.Tensor:
         B, S, _ = x.shape
         end, turns = start_pos + S, self.turns[start_pos : start_pos + S]
-        mask = torch.full((S, S), -math.inf, dtype=x.dtype).triu_(1) if S > 1 else None
+        mask = torch.full((S, S), -math.inf, dtype=x.dtype, device=x.device).triu_(1) if S > 1 else None
         q = self.wq_b(self.q_norm(self.wq_a(x))).view(B, S, self.H, self.N + self.R)
         q_nope, q_pe = torch.split(q, [self.N, self.R], dim=-1)
         q_pe = rotate_pairs(q_pe, turns)
@@ -72,7 +96,10 @@ class ReferenceMLA(nn.Module):
 
     def attend_absorbed(self, q_nope, q_pe, kv, k_pe, start, end, mask):  # type: ignore[no-untyped-def]
         B = kv.shape[0]
-        w_HEC = self.wkv_b.weight.view(self.H, -1, self.C)
+        w_EC = self.wkv_b.weight
+        if w_EC.dtype == fp8.FP8:  # for every call anew
+            w_EC = fp8.dequantized(w_EC, self.wkv_b.scale).to(kv.dtype)
+        w_HEC = w_EC.view(self.H, -1, self.C)
         q_nope = torch.einsum("bshd,hdc->bshc", q_nope, w_HEC[:, : self.N])
         self.kv_cache[:B, start:end] = kv
         self.pe_cache[:B, start:end] = k_pe.squeeze(2)
