@@ -107,9 +107,17 @@ def kind(pull: Pull, node: fx.Node, coords: list[tuple[int, ...]], time: int) ->
     """Name of the rotation of the columns at ``coords`` (one row's, in order)."""
     try:
         element = _Element(pull)
-        return _name([_terms(element.at(node, at, time)) for at in coords])
+        return _name({i: _terms(element.at(node, coords[i], time)) for i in _columns(len(coords))}, len(coords))
     except (_NotRotation, Refusal) as why:
         return f"unproven ({why})"
+
+
+def _columns(width: int) -> list[int]:
+    """Those that are read: the outer two pairs of both halves, in whichever way columns are paired."""
+    half = width // 2
+    if width <= 8 or width % 4:
+        return list(range(width))
+    return [0, 1, half - 2, half - 1, half, half + 1, width - 2, width - 1]
 
 
 def _terms(expr: sympy.Expr) -> dict[str, tuple[sympy.Expr, sympy.Expr, int]]:
@@ -130,17 +138,17 @@ def _terms(expr: sympy.Expr) -> dict[str, tuple[sympy.Expr, sympy.Expr, int]]:
     return found
 
 
-def _name(terms: list[dict]) -> str:
-    if not any(terms):
+def _name(terms: dict[int, dict], width: int) -> str:
+    """The name by the terms of some columns, of ``width`` in all."""
+    if not any(terms.values()):
         return "none"
-    if not all(terms):
+    if not all(terms.values()):
         raise _NotRotation("only some columns are rotated")
-    width = len(terms)
-    order = {t["cos_"][1]: i for i, t in enumerate(terms)}  # source element -> the column that it stays in
-    if len(order) != width:
+    order = {t["cos_"][1]: i for i, t in terms.items()}  # source element -> the column that it stays in
+    if len(order) != len(terms):
         raise _NotRotation("two columns rotate the same element")
     pairs = []
-    for i, t in enumerate(terms):
+    for i, t in terms.items():
         j = order.get(t["sin_"][1])
         if j is None or terms[j]["sin_"][1] != t["cos_"][1] or t["sin_"][2] * terms[j]["sin_"][2] != -1:
             raise _NotRotation("columns are not rotated in pairs")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from dscompile.passes import rope
 from tests.passes.toy import D, H, N, R, S, Toy, only_site, randn, same_as_eager, toy
 
 FREQUENCIES = torch.tensor([1.0, 0.1], dtype=torch.float64)
@@ -76,13 +78,19 @@ def rotation_of(form: str) -> str:
 def test_name(name: str) -> None:
     """The site is matched whatever the rotation is, and its name is reported."""
     rotate, expected = NAMES[name]
-    site = only_site(same_as_eager(rotated(rotate)))
+    site = attention(same_as_eager(rotated(rotate)))
     assert site.matched
     found = rotation_of(site.form)
     if expected == "unproven":
         assert found.startswith("unproven (") and len(found) > len("unproven ()"), found
     else:
         assert found == expected
+
+
+def attention(reports: list) -> Any:
+    """The one site that is no rotation itself: those of complex numbers are."""
+    (site,) = (s for report in reports for s in report.sites if s.kind != "rotation")
+    return site
 
 
 @pytest.mark.parametrize("name", ["half", "interleaved"])
@@ -122,3 +130,13 @@ def test_without_rotated_columns() -> None:
 
     site = only_site(same_as_eager(toy(forward=forward)))
     assert site.matched and rotation_of(site.form) == "none" and "R 0" in site.form
+
+
+@pytest.mark.parametrize("width", [2, 6, 8, 10, 12, 16, 64, 128])
+def test_columns_that_are_read_hold_their_partners(width: int) -> None:
+    """Whether columns are paired (i, i + R/2) or (2i, 2i + 1)."""
+    columns = set(rope._columns(width))
+    half = width // 2
+    assert {(c + half) % width for c in columns} == columns
+    assert {c ^ 1 for c in columns} == columns
+    assert {0, width - 1} <= columns and len(columns) <= max(8, width if width % 4 else 8)

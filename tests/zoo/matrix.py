@@ -155,18 +155,12 @@ def _expanded(experts: Mapping[str, int]) -> dict[str, Any]:
 _TWICE = {"dynamic_decode": 2}  # one graph for the first length, one for every later one
 
 
-def _old_v32() -> dict[str, Any]:
-    """Before 5.23 the cache has every head's keys, and the router is none of the forms that are read."""
-    graphs = {"graph": {"mla": 2, "experts": 1}, "one_layer": {"mla": 1, "experts": 1}}
-    return {**graphs, **_expanded({"experts": 1})}
-
-
 MODELS = (
     Model("deepseek_v3", "deepseek_v3", **({} if hf.CACHES_LATENT else _expanded(_GQA_LAYER))),
     Model("deepseek_v2_lite", "deepseek_v2", _LITE, {**_DEEPSEEK, "rotation": 4}, {**_SPARSE, "rotation": 2}),
     QuantisedModel("deepseek_v3_fp8", "deepseek_v3", {}, _FP8, _FP8_LAYER, modes=MODES[:-1]),
     Model("deepseek_v3_batched_mm", "deepseek_v3", {"experts": "batched_mm"}),
-    Model("deepseek_v32", "deepseek_v32", **({} if hf.VERSION >= (5, 23) else _old_v32())),
+    Model("deepseek_v32", "deepseek_v32", **({} if hf.VERSION >= (5, 23) else _expanded(_GQA_LAYER))),
     Model("minicpm3", "minicpm3", {}, {"mla": 2}, {"mla": 1}),
     Model("kimi_linear", "kimi_linear", {}, _SPARSE, None),
     Model(
@@ -176,6 +170,7 @@ MODELS = (
         _LONGCAT,
         None,
         fullgraph=False,
+        modes=("prefill", "static_decode", "dynamic_decode", "train"),  # its many graphs take long to trace
         lowered={"dynamic_decode": {"mla": 4, "route": 1}},
         refused=dict.fromkeys(MODES, _LOOP),
     ),
