@@ -91,11 +91,12 @@ def test_threads_share_one_compiled_model() -> None:
 
 
 def test_threads_train() -> None:
+    models = [Toy(i) for i in range(THREADS)]  # here: their weights come from the generator that threads share
+
     def work(i: int) -> list[torch.Tensor]:
-        model = Toy(i)
         with torch.enable_grad():
-            compiled(model, "aot_eager")(randn(2, S, D)).square().sum().backward()
-        return [p.grad for p in model.parameters()]
+            compiled(models[i], "aot_eager")(randn(2, S, D)).square().sum().backward()
+        return [p.grad for p in models[i].parameters()]
 
     for i, gradients in enumerate(in_threads(work)):
         model = Toy(i)
