@@ -18,7 +18,7 @@ from torch import fx
 from dscompile.lowering.ops.mixed_linear import HALVES
 from dscompile.passes import commits
 from dscompile.passes.emit import Emitter
-from dscompile.passes.graph import module_path, source_line, torch_call
+from dscompile.passes.graph import module_path, settle, source_line, torch_call
 from dscompile.passes.record import PassRecord, Site
 
 aten = torch.ops.aten
@@ -38,9 +38,7 @@ def run(module: fx.GraphModule) -> PassRecord:
             if commits.current().permitted():
                 record.sites.append(_site(node))
                 _rewrite(node, record.sites[-1])
-        if products:
-            child.graph.lint()
-            child.recompile()
+        settle([child] if products else [])
     return record
 
 

@@ -4,8 +4,8 @@ Before:  view_as_real(view_as_complex(x) * table)               x real [..., n, 
 After:   stack([x0 * c - x1 * s, x0 * s + x1 * c], -1)          c, s = the table's real and imaginary part
 
 Rotary embeddings are written so by DeepSeek, Llama and torchtitan. Inductor has no code for complex numbers: it calls
-ATen for the product and writes x out and reads the result back around it, four to five kernels a layer that fuse into
-their neighbours in real arithmetic. *Exact*: the four products and two sums that define a complex product.
+ATen for the product and writes x out and reads the result back around it; in real arithmetic all of it fuses into its
+neighbours. *Exact*: the four products and two sums that define a complex product.
 
 Refuses a product that is read as a complex number as well, and a result whose strides would differ.
 """
@@ -21,7 +21,7 @@ from torch import fx
 from dscompile.passes import commits
 from dscompile.passes.bind import expressions, packed
 from dscompile.passes.emit import Emitter
-from dscompile.passes.graph import module_path, source_line, torch_call
+from dscompile.passes.graph import module_path, settle, source_line, torch_call
 from dscompile.passes.record import PassRecord, Site
 
 aten = torch.ops.aten
@@ -39,9 +39,7 @@ def run(module: fx.GraphModule) -> PassRecord:
             site = _site(node)
             if commits.current().permitted() and _rewrite(node, site):
                 record.sites.append(site)
-        if products:
-            child.graph.lint()
-            child.recompile()
+        settle([child] if products else [])
     return record
 
 

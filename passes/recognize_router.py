@@ -21,7 +21,7 @@ from torch import fx
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Binding, Place, Written, write
 from dscompile.passes.experts_values import Indices, arg, name
-from dscompile.passes.graph import Sizes, called, is_tensor, module_path, source_line
+from dscompile.passes.graph import Sizes, called, is_tensor, module_path, settle, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_experts import refused
 from dscompile.passes.record import PassRecord, Site
@@ -117,9 +117,7 @@ def run(shadow: Shadow, sizes: list[Sizes], training: bool, ids: list[fx.Node]) 
         except Refusal as refusal:
             sites = [refused(topk, refusal, site) for _, topk, site in found]
         record.sites.extend(sites)
-    for module in {w.module for w in written}:
-        module.graph.lint()
-        module.recompile()
+    settle(w.module for w in written)
     return record, written
 
 
