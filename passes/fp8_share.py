@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import fx
 
 from dscompile.passes import commits
-from dscompile.passes.graph import called
+from dscompile.passes.graph import called, settle
 from dscompile.passes.memory import Memory
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord
@@ -39,9 +39,7 @@ def run(module: fx.GraphModule, shadow: Shadow) -> PassRecord:
         commits.current().add([], [(node, earlier)])
         commits.current().erase(node)  # pure, and without readers now
         shared += 1
-    if shared:
-        module.graph.lint()
-        module.recompile()
+    settle([module] if shared else [])
     return PassRecord(NAME, note=f"{shared} of {len(nodes)} quantisations of rows shared")
 
 

@@ -38,6 +38,7 @@ from dscompile.passes.experts_bind import Written
 from dscompile.passes.experts_values import sizes_of
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.fp8_roles import up_projections
+from dscompile.passes.graph import called
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.shadow import trace
 
@@ -150,7 +151,7 @@ def _run(
         outcome.records += [quantize_weights.differentiated()] if fp8 else []
         return
     training = recognize_mla.is_training(list(inputs))
-    if training and any(_name(node) in _GRADIENT_HOOKS for node in _nodes(module)):
+    if training and any(called(node) in _GRADIENT_HOOKS for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="gradients are changed by hooks or own autograd functions"))
         return
     start = time.perf_counter()
@@ -219,25 +220,19 @@ def _is_wrapped(node: fx.Node) -> bool:
 
 
 def _differentiates(node: fx.Node) -> bool:
-    name = _name(node) if node.op in ("call_function", "call_method") else ""
+    name = called(node)
     return name in _DIFFERENTIATES or name.endswith(_TRANSFORMS)
 
 
 def _is_anchor(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and _name(node) in _ANCHORS
+    return called(node) in _ANCHORS
 
 
 def _is_product(node: fx.Node) -> bool:
     """A product by expert, grouped or batched, the addition of one expert's rows, or a question who chose it."""
     names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
-    compared = _name(node) == "eq" and isinstance(node.args[-1], int)  # `idx == e` of a loop over experts
-    return node.op in ("call_function", "call_method") and (_name(node) in names or compared)
-
-
-def _name(node: fx.Node) -> str:
-    """What the node calls, without the overload's name."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.split(".")[0]
+    compared = called(node) == "eq" and isinstance(node.args[-1], int)  # `idx == e` of a loop over experts
+    return called(node) in names or compared
 
 
 def op_counts(module: fx.GraphModule) -> dict[str, int]:
@@ -252,8 +247,8 @@ def op_counts(module: fx.GraphModule) -> dict[str, int]:
                 continue
             name = recognize_fp8.operator_name(node) or None
             if name is None and _is_anchor(node):
-                name = _name(node).lstrip("_")
-            elif name is None and _name(node) in _GROUPED:
+                name = called(node).lstrip("_")
+            elif name is None and called(node) in _GROUPED:
                 name = "grouped_mm"
             if name is not None:
                 counts[name] = counts.get(name, 0) + 1
@@ -270,7 +265,7 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
             live.add(node)
             todo.extend(node.all_input_nodes)
             if node.op != "placeholder":
-                todo.extend(user for user in node.users if user.args[:1] == (node,) and _name(user) in _WRITES)
+                todo.extend(user for user in node.users if user.args[:1] == (node,) and called(user) in _WRITES)
     return live
 
 

@@ -34,7 +34,7 @@ from dscompile.passes.experts_plan import LoopPlan, Match, Plan
 from dscompile.passes.experts_rows import Rows
 from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, arg, name, readers
 from dscompile.passes.fp8_prepared import Prepared
-from dscompile.passes.graph import Sizes, is_tensor, module_path, source_line
+from dscompile.passes.graph import Sizes, is_tensor, module_path, settle, source_line
 from dscompile.passes.memory import Memory
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.refusals import (
@@ -177,9 +177,7 @@ def run(
         except Refusal as refusal:
             sites = [refused(anchor, refusal, site) for _, anchor, site in found]
         record.sites.extend(sites)
-    for module in {w.module for w in written}:
-        module.graph.lint()
-        module.recompile()
+    settle(w.module for w in written)
     return record, written, ids
 
 
