@@ -193,7 +193,8 @@ class Combine:
     def place(self, flow: Flow, node: fx.Node) -> Flow:
         """Rows written, or added, into a fresh buffer: by the sort, or by token."""
         placed = placed_values(node)
-        if placed is None or placed[1] is not flow.node or flow.labels != "md" or option(node, 4, "alpha", 1) != 1:
+        rows_or_one = flow.labels in ("md", "d")  # a single row may come without its dimension
+        if placed is None or placed[1] is not flow.node or not rows_or_one or option(node, 4, "alpha", 1) != 1:
             raise CombineForm("results are written to places that are not the rows' own", node)
         index, _, adds = placed
         buffer, at = arg(node, 0), self.rows.memory.position[node]
@@ -205,7 +206,7 @@ class Combine:
             raise CombineForm("results go into a tensor that holds something already", node)
         rows = self.indices.shape(buffer)[0]
         if isinstance(found, Perm) and found.order is flow.order and rows == self.count:
-            return replace(flow, node=node, order=None)
+            return replace(flow, node=node, order=None, labels="md")
         if isinstance(found, Token) and (found.order, found.top_k) == (flow.order, self.top_k) and adds:
             if rows == self.tokens:
                 return replace(flow, node=node, order=None, labels="td", summed=True)

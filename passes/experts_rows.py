@@ -13,6 +13,7 @@ as if it were not there.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -127,7 +128,7 @@ class Rows:
     def relabel(self, node: fx.Node, labels: str) -> str:
         """Letters of a view, copy or cast of its first argument, which has ``labels``."""
         kind, source = name(node), arg(node, 0)
-        if kind in ("unsqueeze", "squeeze") and isinstance(option(node, 1, "dim"), int):
+        if kind in ("unsqueeze", "squeeze", "select") and isinstance(option(node, 1, "dim"), int):
             rank = len(labels) + (kind == "unsqueeze")
             dim = arg(node, 1) % rank
             if kind == "unsqueeze":
@@ -146,6 +147,11 @@ class Rows:
         kind = name(node)
         if kind in CASTS:
             return _is_wide(dtype(node)) and _is_wide(dtype(arg(node, 0)))
+        if kind == "select":  # of a dimension of size 1: the same elements
+            return set(self.indices.shape(arg(node, 0))[arg(node, 1)]) == {1}
+        if kind == "slice":  # of all, however long: `x[:, None]` of a symbolic length
+            start, end, step = option(node, 2, "start"), option(node, 3, "end"), option(node, 4, "step", 1)
+            return start in (None, 0) and end in (None, sys.maxsize) and step == 1
         return kind in VIEWS | COPIES
 
     def leaves_out(self, node: fx.Node, order: Order) -> bool:

@@ -123,7 +123,8 @@ class Recognizer:
 
 # Operators that lead from the first product's columns to the second product's rows.
 _BETWEEN = VIEWS | COPIES | CASTS | set(ARITHMETIC)
-_BETWEEN |= {"getitem", "chunk", "split", "split_with_sizes", "tensor_split", "slice", "masked_fill", "tanh", "relu"}
+_BETWEEN |= {"getitem", "chunk", "split", "split_with_sizes", "tensor_split", "slice", "select"}
+_BETWEEN |= {"masked_fill", "tanh", "relu"}
 
 
 def _enclosed(region: set[fx.Node], out: fx.Node) -> None:

@@ -92,7 +92,8 @@ def test_gradients(form: Layer) -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_sizes_that_coincide(shape: tuple[int, int], top_k: int) -> None:
     """One token, or as many tokens as choices or experts: dimensions can't be told apart by their sizes."""
-    for form in (Layer(top_k=top_k), Layer(top_k=top_k, products="batched", weigh="bmm")):
+    written = ({}, {"unsort": "rows", "weigh": "flat"}, {"products": "batched", "weigh": "bmm"})
+    for form in (Layer(top_k=top_k, **how) for how in written):
         reports = same_as_eager(toy(partial(ToyExperts, form)), (randn(*shape, D),))
         assert only(reports).matched, only(reports)
 

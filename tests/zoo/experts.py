@@ -131,7 +131,7 @@ class ToyExperts(nn.Module):
     def by_row(self, ids: torch.Tensor):  # type: ignore[no-untyped-def]
         def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if self.layer.stored == "out_in":
-                return torch.bmm(weight[ids], rows.unsqueeze(-1)).squeeze(-1)
+                return torch.bmm(weight[ids], rows.unsqueeze(-1))[..., 0]
             return torch.bmm(rows.unsqueeze(1), weight[ids]).squeeze(1)
 
         return product

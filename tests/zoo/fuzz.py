@@ -2,7 +2,8 @@
 
 Draws modules of four kinds in turn (attentions and expert layers, as people write them and with random edits), checks
 each (see `generator`), shrinks what fails and prints it as a module that can be saved and run. The counts go to
-`tests/zoo/fuzz_results.json`; the exit status is 1 if anything failed. With `--minutes` it ends at that time, too.
+`tests/zoo/fuzz_results.json`; the exit status is 1 if anything failed. With `--minutes` it ends at that time, too, and
+with `--jobs` processes of their own take a share of the cases each, with seeds of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -118,8 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after these at the latest")
     parser.add_argument("--kind", choices=sorted(KINDS), help="modules of this kind alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the counts go")
     parsed = parser.parse_args(arguments)
+    if parsed.jobs > 1:
+        return _share(parsed)
     ensure_registered()
     counts, start, rounds = Counts(), time.monotonic(), 0
     kinds = [parsed.kind] if parsed.kind else list(KINDS)
@@ -135,6 +140,30 @@ def main(arguments: list[str] | None = None) -> int:
     parsed.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{parsed.output}: {json.dumps(result)}")
     return 1 if counts.failures else 0
+
+
+def _share(parsed: argparse.Namespace) -> int:
+    """Runs `jobs` processes of this program, and writes the sum of what they found."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{job}.json" for job in range(parsed.jobs)]
+        share = [f"--cases={-(-parsed.cases // parsed.jobs)}", f"--minutes={parsed.minutes}"]
+        share += [f"--kind={parsed.kind}"] if parsed.kind else []
+        program = [sys.executable, "-m", "tests.zoo.fuzz", *share]
+        running = [
+            subprocess.Popen([*program, f"--seed={100 * parsed.seed + job}", f"--output={output}"])
+            for job, output in enumerate(outputs)
+        ]
+        statuses = [process.wait() for process in running]
+        found = [json.loads(output.read_text()) for output in outputs]
+    result = {**found[0], "seed": parsed.seed, "jobs": parsed.jobs, "seconds": round(time.monotonic() - start, 1)}
+    for name in ("cases", "matched", "refused", "no_site", "discarded", *NAMES.values()):
+        result[name] = sum(one[name] for one in found)
+    refused = sum((Counter(one["refused_by_class"]) for one in found), Counter[str]())
+    result["refused_by_class"] = dict(refused.most_common())
+    parsed.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{parsed.output}: {json.dumps(result)}")
+    return max(statuses)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,21 @@ def test_a_module_that_fails_itself_is_discarded() -> None:
         compare(changed(result="o.view(7, 7)"))
 
 
+def test_an_order_that_torch_leaves_open_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong answer is excused by nothing else: sorted, the same module is compared."""
+    monkeypatch.setattr(recognize_mla.Recognizer, "_mask", lambda self, attention: Mask("full"))
+    with pytest.raises(Discarded, match="an order that torch leaves open"):
+        compare(changed(forward=(*PLAIN.forward, "ids = x.topk(4, sorted=False)[1]"), result="(o, ids)"))
+    with pytest.raises(Discarded, match="an order that torch leaves open"):
+        compare(changed(forward=(*PLAIN.forward, "ids = torch.topk(x.sign(), 4)[1]"), result="(o, ids)"))
+    with pytest.raises(WrongAnswer, match="result 0 of call 0 is off by"):
+        compare(changed(forward=(*PLAIN.forward, "ids = x.topk(4)[1]"), result="(o, ids)"))
+    with pytest.raises(WrongAnswer, match="result 0 of call 0 is off by"):
+        compare(
+            changed(forward=(*PLAIN.forward, "top = torch.topk(x, k=4, dim=1, largest=False)[0]"), result="(o, top)")
+        )
+
+
 def test_a_module_prints_as_a_file_that_runs() -> None:
     text = repr(PLAIN)
     namespace: dict[str, Any] = {}
