@@ -3,7 +3,8 @@
 A model's modes run in processes of their own: dsinfra from empty caches, the same again for the start from cache, and
 Inductor from empty caches. A mode is right if its outputs, sites, graphs and breaks pass the checks of the test suite;
 what fails is a row that says so. Three modes are timed, the others generate no code. On CPUs the models are micro.
-`ZOO_MODELS=minicpm3,qwen3_moe` measures these alone and keeps the other models' rows.
+`ZOO_MODELS=minicpm3,qwen3_moe` measures these alone and keeps the other models' rows; `ZOO_JOBS=8` looks at eight
+models at once, and times none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -37,18 +39,27 @@ WORKERS = ("cold", "warm", "inductor")
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """One row for each model, version and mode; quick leaves times and other versions out."""
-    found: list[dict[str, Any]] = []
-    for folder, model in _rows(quick):
-        with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
-            caches = {"cold": ours, "warm": ours, "inductor": theirs}
-            names = WORKERS[:1] if quick else WORKERS
-            by_worker = {name: _process(name, model, folder, caches[name], quick) for name in names}
-        seconds = {name: {row["mode"]: row.pop("first_call_s") for row in rows} for name, rows in by_worker.items()}
-        for row in by_worker["cold"]:
-            ours, warm, inductor = (seconds.get(name, {}).get(row["mode"]) for name in WORKERS)
-            found.append({**row, "compile_s": ours, "inductor_s": inductor, "warm_s": warm})
-            print(f"{row['model']} {row['version']} {row['mode']}: {row['failure'] or 'right'}", flush=True)
+    jobs = int(os.environ.get("ZOO_JOBS", 1))
+    untimed = quick or jobs > 1
+    with ThreadPoolExecutor(jobs) as pool:
+        models = [pool.submit(_model, folder, model, untimed) for folder, model in _rows(quick)]
+        found = [row for model in models for row in model.result()]
     check(bool(found), "no model of the zoo was found")
+    return found
+
+
+def _model(folder: str | None, model: str, untimed: bool) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
+        caches = {"cold": ours, "warm": ours, "inductor": theirs}
+        names = WORKERS[:1] if untimed else WORKERS
+        by_worker = {name: _process(name, model, folder, caches[name], untimed) for name in names}
+    seconds = {name: {row["mode"]: row.pop("first_call_s") for row in rows} for name, rows in by_worker.items()}
+    found = []
+    for row in by_worker["cold"]:
+        ours, warm, inductor = (seconds.get(name, {}).get(row["mode"]) for name in WORKERS)
+        found.append({**row, "compile_s": ours, "inductor_s": inductor, "warm_s": warm})
+        print(f"{row['model']} {row['version']} {row['mode']}: {row['failure'] or 'right'}", flush=True)
     return found
 
 
@@ -66,10 +77,10 @@ def _rows(quick: bool) -> Iterator[tuple[str | None, str]]:
     yield from ((folder, model) for folder, model in found if not only or model in only)
 
 
-def _process(name: str, model: str, folder: str | None, cache: str, quick: bool) -> list[dict[str, Any]]:
+def _process(name: str, model: str, folder: str | None, cache: str, untimed: bool) -> list[dict[str, Any]]:
     path = os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "bench.zoo", "--worker", name, model, str(int(quick))]
+    command = [sys.executable, "-m", "bench.zoo", "--worker", name, model, str(int(untimed))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the {name} process of {model} failed with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -79,11 +90,11 @@ def _process(name: str, model: str, folder: str | None, cache: str, quick: bool)
 # ------------------------------------------------------------------ in a process of its own
 
 
-def _worker(name: str, model: str, quick: str) -> None:
+def _worker(name: str, model: str, untimed: str) -> None:
     from tests.zoo import matrix
 
     size = matrix.TRUE_SIZE if torch.cuda.is_available() else matrix.MICRO_SIZE
-    timed = () if int(quick) else TIMED
+    timed = () if int(untimed) else TIMED
     cells = [cell for cell in matrix.cells(size) if cell.row == model]
     if timed:  # what a process pays once is nobody's
         torch.compile(lambda x: x + 1)(torch.ones(8, device=size.device))
