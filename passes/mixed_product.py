@@ -5,7 +5,7 @@ After:   mixed_linear(x, w)                       cuBLAS with 16-bit operands an
 
 Routers compute their logits so. As written, both operands are copied into twice their bytes at each call, and the
 product runs outside the tensor cores. *Exact*: the product of two 16-bit numbers has at most 22 significant bits and is
-a float32; it is accumulated in float32 in either form, in another order.
+a float32; it is accumulated in float32 in either form, in another order (and by tensor cores truncated, not rounded).
 
 On CUDA only; refuses operands that anything else reads in float32 (it might write them), and a bias.
 """

@@ -46,6 +46,16 @@ class Points:
         return replace(spread, coords=tuple(c[keep] for c in spread.coords), index=self.index[keep])
 
 
+def together(parts: list[Points]) -> Points:
+    """Points of one node that were read alike, in the order of ``index``."""
+    if len(parts) == 1:
+        return parts[0]
+    index = np.concatenate([p.index for p in parts])
+    order = np.argsort(index, kind="stable")
+    coords = tuple(np.concatenate(c)[order] for c in zip(*(p.coords for p in parts), strict=True))
+    return replace(parts[0], coords=coords, index=index[order])
+
+
 def ravel(coords: Coords, shape: tuple[int, ...]) -> Array:
     flat = np.zeros_like(coords[0]) if coords else np.zeros(1, np.int64)
     for c, size in zip(coords, shape, strict=True):
@@ -292,16 +302,17 @@ class Pull:
         return Points(node, coords, np.arange(count), time)
 
     def walk(self, start: Points) -> list[Points]:
-        """Points at the nodes where the walk ends, in no particular order."""
-        done, todo = [], [start]
+        """Points at the nodes where the walk ends, in no particular order; those that met again are one."""
+        done: dict[tuple, list[Points]] = {}
+        todo = [start]
         while todo:
             points = todo.pop()
             steps = self.step(points)
             if steps is None:
-                done.append(points.spread())
+                done.setdefault((points.node, points.time, points.casts), []).append(points.spread())
             else:
                 todo.extend(steps)
-        return done
+        return [together(parts) for parts in done.values()]
 
     def trail(self, start: Points) -> Iterator[Points]:
         """The nodes that hold *all* points on the way back, nearest first, up to where the walk splits or ends."""

@@ -130,13 +130,13 @@ def test_gradients():
 @pytest.mark.parametrize("rows", [1, 16, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cublas(rows, dtype):
-    """As near to float64 as the float32 product."""
+    """Tensor cores truncate where they add, once for each 16 of K: below 1e-5, and far below a result in 16 bits."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(rows, 2048, device="cuda", generator=generator).to(dtype)
     w = torch.randn(64, 2048, device="cuda", generator=generator).to(dtype)
     exact = x.double() @ w.double().t()
     ours = torch.ops.dsinfra.mixed_linear(x, w)
-    theirs = x.float() @ w.float().t()
+    rounded = x @ w.t()
     assert ours.dtype == torch.float32
-    assert (ours - exact).norm() <= 8 * (theirs - exact).norm()
-    assert (ours - exact).norm() <= 1e-5 * exact.norm()
+    assert (ours - exact).norm() <= 2048 / 16 * 2**-24 * exact.norm()
+    assert (ours - exact).norm() <= (rounded - exact).norm() / 50

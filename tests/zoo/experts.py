@@ -241,6 +241,11 @@ class TitanMoE(nn.Module):
         return grouped_mm(h, self.w2.transpose(-2, -1), ends).type_as(rows)
 
 
+# What trains a layer that stays as it was: the backward of transformers' product was, before it became an operator, a
+# loop over `offs.tolist()`, which AOTAutograd can't trace.
+LEFT_ALONE = "aot_eager" if hasattr(torch.ops.transformers, "grouped_mm_fallback_backward") else "eager"
+
+
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """rows_MK, weight_EKN, ends_E -> [M, N], as transformers does where torch's own has no kernel for the dtype."""
     return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)

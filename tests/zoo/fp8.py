@@ -77,10 +77,17 @@ def _store(module: nn.Module, name: str, twin: nn.Module, block: int) -> None:
         module.activation_scale = nn.Parameter(torch.tensor(0.02), requires_grad=False)
 
 
-class ScaledLinear(nn.Module):
-    """A linear layer over torch's own scaled product, as written with `scaled_mm` or `_scaled_mm`."""
+# Dynamo of torch 2.11 ends the graph at `F.scaled_mm`, on every device, and its CPUs have no kernel for it.
+TRACES_SCALED_MM = not torch.__version__.startswith("2.11.")
 
-    def __init__(self, N: int, K: int, spelling: str = "scaled_mm"):
+
+class ScaledLinear(nn.Module):
+    """A linear layer over torch's own scaled product, as written with `scaled_mm` or `_scaled_mm`.
+
+    Without a spelling it is written with the one that every supported torch traces.
+    """
+
+    def __init__(self, N: int, K: int, spelling: str = "scaled_mm" if TRACES_SCALED_MM else "_scaled_mm"):
         super().__init__()
         values, scale = quantized(torch.randn(N, K))
         self.register_buffer("weight", values)

@@ -87,6 +87,14 @@ def test_the_plain_module_passes() -> None:
     assert verdict.matched == {"mla": 1} and not verdict.refused
 
 
+def test_values_that_were_split_and_joined() -> None:
+    value = "v = torch.cat([kv[:, {0}, :, N:], kv[:, {1}, :, N:]], 1)"
+    attend = PLAIN.forward[-1].replace("kv[..., N:]", "v")
+    again, turned = ((*PLAIN.forward[:-1], value.format(*parts), attend) for parts in ((":1", "1:"), ("1:", ":1")))
+    assert compare(changed(forward=again)).matched == {"mla": 1}
+    assert compare(changed(forward=turned, expect={})).refused == {"RowsDisagree": 1}
+
+
 def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recognize_mla.Recognizer, "_mask", lambda self, attention: Mask("full"))
     with pytest.raises(WrongAnswer, match="result 0 of call 0 is off by"):
