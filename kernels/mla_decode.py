@@ -16,13 +16,13 @@ import math
 
 import torch
 
-from dscompile.kernels import launch
-from dscompile.kernels.mla_decode_launch import launch_combine, launch_gluon, launch_triton, tile_rows
+from dscompile.kernels import launch, mla_schedule
+from dscompile.kernels.mla_decode_launch import Outputs, Work, launch_combine, launch_gluon, launch_triton, tile_rows
+from dscompile.kernels.mla_schedule import MAX_PLANNED, PAGE, PART_ROWS
 
-PAGE = 64  # keys of a page
 MAX_SPLITS = 128
+FEW_REQUESTS = 8  # so many, or fewer, are cut into equal parts sooner than their lengths are weighed (measured on H100)
 PARTIAL_COST = 4  # a part's 64 x 512 float32 results, written and read once, are the traffic of 3.5 pages
-PART_ROWS = 4096  # rows of partial results that are still joined faster than more parts save time
 LOG2_E = math.log2(math.e)
 
 
@@ -44,9 +44,11 @@ def mla_decode(
     page_table: torch.Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: torch.Tensor | None = None,
     *,
     impl: str = "gluon",
     splits: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q over the cache -> o [B, S, H, C] in q's dtype, lse [B, S, H] float32 (natural logarithm).
 
@@ -61,8 +63,14 @@ def mla_decode(
         page_table: [B, max_pages] int32, the page of keys 64*p .. 64*p + 63; entries past the length are not read.
         scale: of the scores, positive.
         causal: query i of request b sees keys below seqlens[b] - (S - 1 - i) only.
+        latent_scale: [B, T, C / G] or [P, 64, C / G] float32, columns contiguous, G a power of two ("triton" alone):
+            latent is float8_e4m3fn, and its columns G*i .. are multiplied by scale i and rounded to q's dtype.
         impl: "gluon" or "triton".
-        splits: parts that each request's keys are cut into, joined afterwards; chosen by `pick_splits` when None.
+        splits: equal parts that each request's keys are cut into, one to a program. When None, the device deals the
+            pages of more than 8 requests to as many programs as run at a time, by the lengths (`mla_schedule`).
+            Requests of one tensor (a static cache: they are equally long), few ones and more than 2048 get equal
+            parts, as many as `pick_splits` says by the capacity.
+        batch_invariant: a request's bits depend on its own data, on the capacity, and on nothing else of the batch.
 
     A row that sees no key gives o = 0 and lse = -inf.
 
@@ -70,14 +78,31 @@ def mla_decode(
         BadArguments: shapes, dtypes or devices that don't fit together.
         KernelLimit: `impl` is unknown or refuses the call.
     """
-    _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, splits)
+    _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, latent_scale, splits)
     if impl not in _REFUSALS:
         raise KernelLimit(f"impl is {impl!r}. No kernel has that name. Use one of {', '.join(map(repr, _REFUSALS))}.")
-    refusal = _REFUSALS[impl](q_latent, q_rope, latent, k_rope)
+    refusal = _REFUSALS[impl](q_latent, q_rope, latent, k_rope, latent_scale)
     if refusal:
         raise KernelLimit(refusal)
+    if batch_invariant and splits is not None:
+        raise BadArguments(
+            f"batch_invariant was asked for with splits={splits}. The cuts then follow from the capacity. "
+            "Leave out one."
+        )
     return mla_decode_unchecked(
-        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, impl=impl, splits=splits
+        q_latent,
+        q_rope,
+        latent,
+        k_rope,
+        seqlens,
+        mask,
+        page_table,
+        scale,
+        causal,
+        latent_scale,
+        impl=impl,
+        splits=splits,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -91,9 +116,11 @@ def mla_decode_unchecked(
     page_table: torch.Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: torch.Tensor | None = None,
     *,
     impl: str,
     splits: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mla_decode` for a caller that has checked the contract and asked for the refusal itself."""
     requests, s_q, heads, width = q_latent.shape
@@ -105,33 +132,33 @@ def mla_decode_unchecked(
         return o.zero_(), lse.fill_(-math.inf)
     if mask is not None:
         mask = mask.view(torch.uint8).expand(requests, s_q, capacity)
+    deal = None
     if splits is None:
-        tiles = -(-rows // tile_rows(impl, rows, q_latent.dtype))
-        most = max(4, PART_ROWS // (requests * rows))
-        splits = pick_splits(requests * tiles, -(-capacity // PAGE), launch.sm_count(device), min(most, MAX_SPLITS))
-    o_part, lse_part = o, lse
-    if splits > 1:
-        o_part = torch.empty((requests, splits, rows, width), dtype=torch.float32, device=device)
-        lse_part = torch.empty((requests, splits, rows), dtype=torch.float32, device=device)
-    start = launch_gluon if impl == "gluon" else launch_triton
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        start(
-            q_latent,
-            q_rope,
-            latent,
-            k_rope,
-            seqlens,
-            page_table,
-            mask,
-            o_part,
-            lse_part,
-            capacity=capacity,
-            splits=splits,
-            causal=causal,
-            scale_log2=scale * LOG2_E,
+        tiles = -(-rows // tile_rows(impl, rows, latent.dtype))
+        programs = launch.sm_count(device) * (1 if impl == "gluon" else 2)  # as many as run at a time
+        deal = mla_schedule.deal(requests, rows, tiles, capacity, programs, batch_invariant)
+        alike = page_table is None or requests <= FEW_REQUESTS
+        if (alike or deal.items > MAX_PLANNED) and not batch_invariant:
+            deal = None
+            most = max(4, PART_ROWS // (requests * rows))
+            splits = pick_splits(requests * tiles, -(-capacity // PAGE), launch.sm_count(device), min(most, MAX_SPLITS))
+    outputs, work = Outputs(o, lse), Work(capacity, splits or 1, deal, causal, scale * LOG2_E)
+    if deal is not None or work.splits > 1:
+        slots = work.splits * requests if deal is None else deal.slots
+        outputs = Outputs(
+            o,
+            lse,
+            torch.empty((slots, rows, width), dtype=torch.float32, device=device),
+            torch.empty((slots, rows), dtype=torch.float32, device=device),
+            None if deal is None else torch.empty((requests, 2), dtype=torch.int32, device=device),
         )
-        if splits > 1:
-            launch_combine(o_part, lse_part, o, lse)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if impl == "gluon":
+            launch_gluon(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, outputs, work)
+        else:
+            launch_triton(q_latent, q_rope, latent, k_rope, seqlens, page_table, mask, latent_scale, outputs, work)
+        if outputs.o_part is not None:
+            launch_combine(outputs, work)
     return o, lse
 
 
@@ -152,7 +179,11 @@ def pick_splits(programs: int, pages: int, sms: int, most: int = MAX_SPLITS) -> 
 
 
 def gluon_refusal(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    latent_scale: torch.Tensor | None = None,
 ) -> str | None:
     """Why the Gluon kernel can't take these arguments, or None. Reads metadata only; they must fit the contract."""
     if not launch.has_gluon():
@@ -170,22 +201,29 @@ def gluon_refusal(
             f"The dtype is {q_latent.dtype}. The kernel multiplies on tensor cores in 16 bits. "
             "Convert to bfloat16 or float16, or use impl='triton'."
         )
+    if latent_scale is not None:
+        return f"The cache is {latent.dtype} with scales. The kernel takes 16-bit rows alone. Use impl='triton'."
     widths = q_latent.shape[-1], q_rope.shape[-1]
     if widths != (512, 64):
         return f"Latent and rope are {widths} wide. The kernel's tiles are made for (512, 64). Use impl='triton'."
     for name, x in (("q_latent", q_latent), ("q_rope", q_rope), ("latent", latent), ("k_rope", k_rope)):
-        # In elements: 8 of 2 bytes each. The stride of a dimension of size 1 is never used.
+        # In elements of 16 bytes together. The stride of a dimension of size 1 is never used.
+        unit = 16 // x.dtype.itemsize
         steps = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
-        if x.storage_offset() % 8 or any(stride % 8 or stride == 0 for stride in steps):
+        if x.storage_offset() % unit or any(stride % unit or stride == 0 for stride in steps):
             return (
                 f"{name} {tuple(x.shape)} has strides {x.stride()} and offset {x.storage_offset()}. Tensor maps "
-                "want multiples of 16 bytes (8 elements), not 0. Use impl='triton', or a contiguous copy."
+                f"want multiples of 16 bytes ({unit} elements), not 0. Use impl='triton', or a contiguous copy."
             )
     return None
 
 
 def triton_refusal(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    latent_scale: torch.Tensor | None = None,
 ) -> str | None:
     """Why the plain Triton kernel can't take these arguments, or None. Reads metadata only."""
     if not launch.has_triton():
@@ -207,13 +245,19 @@ def triton_refusal(
             f"Latent and rope are {widths} wide. The kernel's tiles are powers of two, from 16 on, the latent's up "
             "to 512. Pad with zeros, which changes no score."
         )
+    capability = launch.capability(q_latent.device)
+    if latent_scale is not None and not launch.interpreting() and (capability or (0, 0)) < (8, 9):
+        return (
+            f"The cache is float8_e4m3fn, the device of compute capability {capability}. Triton converts that type "
+            "from (8, 9) on. Keep the cache in bfloat16 there."
+        )
     return None
 
 
 _REFUSALS = {"gluon": gluon_refusal, "triton": triton_refusal}
 
 
-def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, splits) -> None:
+def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, latent_scale, splits) -> None:
     tensors = (q_latent, q_rope, latent, k_rope)
     names = "q_latent, q_rope, latent and k_rope"
     if (
@@ -229,7 +273,9 @@ def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, s
             "numbers of queries, of keys and of columns. Pass [B, S, H, C], [B, S, H, R], [B, T, C] and "
             "[B, T, R], the last two [P, 64, ...] when paged."
         )
-    if not q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype:
+    if latent_scale is not None:
+        _check_scales(latent, latent_scale)
+    if not q_latent.dtype == q_rope.dtype == k_rope.dtype or (latent_scale is None and latent.dtype != q_latent.dtype):
         raise BadArguments(
             f"{names} are {', '.join(str(x.dtype) for x in tensors)}. Products are taken of equal "
             "dtypes. Convert the queries to the cache's."
@@ -239,7 +285,7 @@ def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, s
             f"{names} have column strides {[x.stride(-1) for x in tensors]}. Rows are read in one "
             "piece. Pass tensors whose last dimension is contiguous."
         )
-    others = [x for x in (seqlens, mask, page_table) if x is not None]
+    others = [x for x in (seqlens, mask, page_table, latent_scale) if x is not None]
     if any(x.device != q_latent.device for x in (*tensors, *others)):
         raise BadArguments(
             f"Tensors are on {sorted({str(x.device) for x in (*tensors, *others)})}. One kernel reads "
@@ -276,6 +322,24 @@ def _check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, s
         raise BadArguments(
             f"splits is {splits}. At most {MAX_SPLITS} partial results are joined at once. Use 1 to "
             f"{MAX_SPLITS}, or None."
+        )
+
+
+def _check_scales(latent: torch.Tensor, latent_scale: torch.Tensor) -> None:
+    groups = latent_scale.shape[-1] if latent_scale.dim() == 3 else 0
+    group = latent.shape[2] // max(groups, 1)
+    if (
+        latent.dtype != torch.float8_e4m3fn
+        or latent_scale.dtype != torch.float32
+        or latent_scale.shape[:-1] != latent.shape[:-1]
+        or group * groups != latent.shape[2]
+        or group & (group - 1)
+        or (groups > 1 and latent_scale.stride(2) != 1)
+    ):
+        raise BadArguments(
+            f"latent is {latent.dtype} {tuple(latent.shape)}, latent_scale {latent_scale.dtype} "
+            f"{tuple(latent_scale.shape)} with strides {latent_scale.stride()}. A scale belongs to a power of two of "
+            "neighbouring columns of one row. Pass float8_e4m3fn [.., .., C] and float32 [.., .., C / 128]."
         )
 
 

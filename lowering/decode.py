@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dscompile.lowering.select import YES, Decision, is_real, no, size, table
 
-_NAMES = "q_latent", "q_rope", "latent", "k_rope"
+_NAMES = "q_latent", "q_rope", "latent", "k_rope", "latent_scale"
 
 
 def supports(
@@ -30,15 +30,16 @@ def supports(
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: Tensor | None = None,
 ) -> Decision:
     """Whether the kernel `impl` takes the arguments: CUDA tensors of contiguous columns, then its own limits."""
     if q_latent.device.type != "cuda":
         return no(f"the tensors are on {q_latent.device.type}, not cuda")
     if not torch.cuda.is_available():
         return no("no CUDA device is present, so its limits can't be asked")
-    tensors = q_latent, q_rope, latent, k_rope
+    tensors = (q_latent, q_rope, latent, k_rope, *(() if latent_scale is None else (latent_scale,)))
     for i, x in enumerate(tensors):
-        if size(x.stride(-1)) != 1:
+        if size(x.stride(-1)) != 1 and size(x.shape[-1]) != 1:
             return no(f"{_NAMES[i]} has columns {size(x.stride(-1))} elements apart, and rows are read in one piece")
     if not scale > 0:
         return no(f"scale is {scale}, and the running maximum is taken of unscaled scores")
@@ -69,6 +70,7 @@ def run(
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't.
 
@@ -79,7 +81,7 @@ def run(
 
     page_table = None if page_table is None else page_table.contiguous()
     return kernels.mla_decode_unchecked(
-        q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, impl=impl
+        q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, latent_scale, impl=impl
     )
 
 

@@ -6,6 +6,9 @@ heads share (as "values", [B, 1, S, R]). This cache stores both side by side in 
 decode kernel. Uncompiled, the model gets a gathered copy of its pages, in plain tensor operations; compiled with
 `dsinfra`, the gather is recognised and the kernel reads the pages in place.
 
+With `dtype="fp8"` a row is 512 float8 latents, their four scales, and 64 rope columns as they are: half the memory, and
+reads that dequantise. Rounding changes: a latent keeps 4 significant bits.
+
 Static like transformers' own `StaticCache`: shapes and addresses stay, so that decoding is one graph and fits a CUDA
 graph. All requests of a batch have one length, as in every cache of transformers (padding is the attention mask's).
 
@@ -22,6 +25,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+import dscompile.lowering.ops.mla_cache  # noqa: F401  (registers the operators of float8 rows)
+from dscompile.kernels import mla_cache
 from dscompile.lowering.errors import OperatorError
 
 PAGE_SIZE = 64
@@ -41,6 +46,10 @@ class LatentShapeError(OperatorError):
 
 class LatentDtypeError(OperatorError):
     """The tensors to be cached have another dtype or device than the pool."""
+
+
+class CacheDtypeError(OperatorError):
+    """Rows can't be kept in the dtype asked for."""
 
 
 class CapacityError(OperatorError):
@@ -101,9 +110,9 @@ class PagedLatentLayer(CacheLayerMixin):
     is_sliding = False
     is_initialized: bool
 
-    def __init__(self, pages: PageTable, latent_width: int, rope_width: int):
+    def __init__(self, pages: PageTable, latent_width: int, rope_width: int, fp8: bool = False):
         super().__init__()
-        self.pages = pages
+        self.pages, self.fp8 = pages, fp8
         self.latent_width, self.rope_width = latent_width, rope_width
         self.page_table: torch.Tensor | None = None
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
@@ -129,8 +138,10 @@ class PagedLatentLayer(CacheLayerMixin):
         self.page_table = self.pages.on(device)
         self.batch_size, self.dtype, self.device = batch, dtype, device
         if not self.is_initialized:
-            width = self.latent_width + self.rope_width
-            self.pool = torch.zeros(self.pages.num_pages, PAGE_SIZE, 1, width, dtype=dtype, device=device)
+            width, stored = self.latent_width + self.rope_width, dtype
+            if self.fp8:
+                width, stored = mla_cache.row_bytes(self.latent_width, self.rope_width, dtype), torch.uint8
+            self.pool = torch.zeros(self.pages.num_pages, PAGE_SIZE, 1, width, dtype=stored, device=device)
             self.cumulative_length = self.cumulative_length.to(device)
             torch._dynamo.mark_static_address(self.pool)
             torch._dynamo.mark_static_address(self.cumulative_length)
@@ -154,12 +165,22 @@ class PagedLatentLayer(CacheLayerMixin):
         self._check_capacity(length)
         position_S = torch.arange(length, device=self.device) + self.cumulative_length
         row_BS = self.page_table[:, position_S // PAGE_SIZE] * PAGE_SIZE + position_S % PAGE_SIZE  # type: ignore[index]
-        token_BSW = torch.cat([key_states, value_states], dim=-1).squeeze(1)
-        self.pool.view(-1, self.pool.shape[-1]).index_copy_(0, row_BS.flatten(), token_BSW.flatten(0, 1))
+        if self.fp8:
+            torch.ops.dsinfra.mla_append_fp8(
+                self.pool, key_states.flatten(0, 2), value_states.flatten(0, 2), row_BS.flatten()
+            )
+        else:
+            token_BSW = torch.cat([key_states, value_states], dim=-1).squeeze(1)
+            self.pool.view(-1, self.pool.shape[-1]).index_copy_(0, row_BS.flatten(), token_BSW.flatten(0, 1))
         # In place: the address is part of the recorded CUDA graph.
         self.cumulative_length.add_(length)
         if not torch.compiler.is_compiling():
             self.written += length
+        if self.fp8:
+            latent_BTC, rope_BTR = torch.ops.dsinfra.mla_read_fp8(
+                self.pool, self.page_table, self.latent_width, self.rope_width, self.dtype
+            )
+            return latent_BTC.unsqueeze(1), rope_BTR.unsqueeze(1)
         paged_BT1W = self.pool[self.page_table].flatten(1, 2)
         return (
             paged_BT1W[..., : self.latent_width].transpose(1, 2),
@@ -252,14 +273,23 @@ class PagedLatentCache(Cache):
         max_cache_len: tokens a request may hold, rounded up to whole pages.
         num_pages: pages of each layer's pool; by default as many as the first batch needs.
         page_size: 64, the kernels' page size.
+        dtype: None, the model's own; or "fp8", rows of float8 latents with a scale for each 128 of them and rope
+            columns as they are (656 bytes instead of 1152). This changes rounding.
 
     Raises:
-        PageSizeError, NoLatentError, CapacityError: the arguments don't make a paged latent cache.
+        PageSizeError, NoLatentError, CapacityError, CacheDtypeError: the arguments don't make a paged latent cache.
     """
 
     layers: list[PagedLatentLayer]
 
-    def __init__(self, config: Any, max_cache_len: int, num_pages: int | None = None, page_size: int = PAGE_SIZE):
+    def __init__(
+        self,
+        config: Any,
+        max_cache_len: int,
+        num_pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        dtype: str | None = None,
+    ):
         if page_size != PAGE_SIZE:
             raise PageSizeError(
                 f"page_size={page_size} was asked for",
@@ -272,6 +302,12 @@ class PagedLatentCache(Cache):
                 "a cache without room holds no token",
                 "Give positive numbers",
             )
+        if dtype not in (None, "fp8"):
+            raise CacheDtypeError(
+                f"dtype={dtype!r} was asked for",
+                "rows are kept as the model makes them, or in float8 with scales",
+                'Leave dtype out, or give "fp8"',
+            )
         config = config.get_text_config(decoder=True)
         latent, rope = getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -282,8 +318,11 @@ class PagedLatentCache(Cache):
                 "every layer must cache one latent and one rotated key",
                 "Use the cache that transformers makes for this model",
             )
+        if dtype == "fp8":
+            _check_fp8_width(latent)
         self.pages = PageTable(max_cache_len, num_pages)
-        super().__init__(layers=[PagedLatentLayer(self.pages, latent, rope) for _ in range(config.num_hidden_layers)])
+        layers = [PagedLatentLayer(self.pages, latent, rope, dtype == "fp8") for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=layers)
 
     def early_initialization(
         self, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
@@ -317,6 +356,15 @@ class PagedLatentCache(Cache):
         """Declare the first `tokens` tokens of every request valid, in every layer."""
         for layer in self.layers:
             layer.set_length(tokens)
+
+
+def _check_fp8_width(latent: int) -> None:
+    try:
+        mla_cache.groups_of(latent)
+    except mla_cache.BadArguments as error:
+        raise CacheDtypeError(
+            f'dtype="fp8" was asked for where kv_lora_rank is {latent}', str(error), "Leave dtype out"
+        ) from None
 
 
 def _pages(tokens: int) -> int:

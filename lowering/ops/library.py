@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "dsinfra"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # Operators live as long as this object.
 
 
@@ -27,7 +28,8 @@ def define(
         kernel: runs on every device; chooses its implementation itself.
         fake: the shape function, for static and symbolic shapes; it makes the same checks as `kernel`.
         autocast: cast all floating arguments to the autocast dtype where autocast is on (CPU and CUDA). Either way the
-            kernel runs with autocast off: a reference in plain PyTorch computes in the dtypes that it chooses.
+            kernel runs with autocast off: a reference in plain PyTorch computes in the dtypes that it chooses. Calls
+            with an FP8 argument are left as they are: its scales belong to it.
 
     Raises:
         RuntimeError: the name is taken (by torch: a second registration is never silent).
@@ -48,8 +50,9 @@ def define_autograd(name: str, *, setup_context: Callable[..., None], backward: 
 def _autocast_kernel(op: torch._ops.OpOverload, device_type: str, cast: bool) -> Callable[..., Any]:
     def cast_and_call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+        casts = cast and not any(isinstance(arg, Tensor) and arg.dtype in _FP8 for arg in args)
         with torch.autocast(device_type, enabled=False):
-            return op(*(_cast(arg, device_type, dtype) for arg in args) if cast else args)
+            return op(*(_cast(arg, device_type, dtype) for arg in args) if casts else args)
 
     return cast_and_call
 

@@ -8,6 +8,9 @@ place, or slices of one [B,T,C+R] tensor) or, with a page table, pages of 64 row
 nothing here reads a value on the host, so a captured CUDA graph serves every length. Rows at or past a request's length
 never influence the result, whatever they hold.
 
+With `latent_scale` the latent is float8_e4m3fn, each group of its columns times a scale, rounded to the queries' dtype:
+slices of one pool of 656-byte rows, or tensors of their own (`dscompile.kernels.mla_cache`). k_rope stays as it is.
+
 Refused: gradients (use `dsinfra::mla` to train), pages of another size, masks that aren't bool.
 """
 
@@ -21,7 +24,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dscompile.lowering import decode
-from dscompile.lowering.errors import MaskError, NotDifferentiable, PageTableError, SeqlensError, ShapeMismatch
+from dscompile.lowering.errors import (
+    MaskError,
+    NotDifferentiable,
+    PageTableError,
+    ScaleError,
+    SeqlensError,
+    ShapeMismatch,
+)
 from dscompile.lowering.ops.checks import COMPUTE_DTYPES, check_device, check_dims, check_floating, same, shapes
 from dscompile.lowering.ops.library import define
 from dscompile.lowering.ops.mla import accumulation_dtype, softmax_and_lse
@@ -31,7 +41,7 @@ PAGE = 64
 
 _SCHEMA = (
     "(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor seqlens, Tensor? mask, Tensor? page_table,"
-    " float scale, bool causal) -> (Tensor o, Tensor lse)"
+    " float scale, bool causal, Tensor? latent_scale=None) -> (Tensor o, Tensor lse)"
 )
 _DIMS = {"q_latent": 4, "q_rope": 4, "latent": 3, "k_rope": 3}
 
@@ -47,6 +57,7 @@ def check(
     seqlens: Tensor,
     mask: Tensor | None,
     page_table: Tensor | None,
+    latent_scale: Tensor | None = None,
 ) -> None:
     """Raise the error of `lowering.errors` that says what is wrong with the arguments of `mla_decode`, if anything."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_latent, q_rope, latent, k_rope)):
@@ -55,10 +66,13 @@ def check(
             "The absorbed form is for decode and has no gradient formula",
             "Call it under torch.no_grad() or torch.inference_mode(), or use dsinfra::mla to train",
         )
-    if mask is None and _plainly_right(q_latent, q_rope, latent, k_rope, seqlens, page_table):
+    if mask is None and latent_scale is None and _plainly_right(q_latent, q_rope, latent, k_rope, seqlens, page_table):
         return
     others = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope}
     check_dims("mla_decode", _DIMS, q_latent=q_latent, **others)
+    if latent_scale is not None:
+        _check_scale(latent_scale, latent, q_latent)
+        others["latent"] = latent.new_empty(0, dtype=q_latent.dtype)  # its own dtype is checked with its scales
     check_floating("mla_decode", q_latent, **others)
     (B, S, H, C), R = q_latent.shape, q_rope.shape[3]
     if not all(map(same, q_rope.shape[:3], (B, S, H))):
@@ -125,6 +139,24 @@ def _plainly_right(
     )
 
 
+def _check_scale(latent_scale: Tensor, latent: Tensor, q_latent: Tensor) -> None:
+    right = latent_scale.dim() == 3 and latent.dtype is torch.float8_e4m3fn and latent_scale.dtype is torch.float32
+    if not right or not all(map(same, latent_scale.shape[:2], latent.shape[:2])):
+        raise ScaleError(
+            f"mla_decode: latent {list(latent.shape)} of {latent.dtype}, latent_scale {list(latent_scale.shape)} of "
+            f"{latent_scale.dtype}",
+            "A float8 cache has one float32 scale for each group of columns of a row",
+            "Give latent as float8_e4m3fn and latent_scale as float32 [.., .., C / 128], or neither",
+        )
+    if not same(latent.shape[2] % latent_scale.shape[2], 0):
+        raise ScaleError(
+            f"mla_decode: {latent.shape[2]} latent columns and {latent_scale.shape[2]} scales a row",
+            "Groups of columns are equal",
+            "Give C / 128 scales",
+        )
+    check_device("mla_decode", q_latent, latent_scale=latent_scale)
+
+
 def _check_seqlens(seqlens: Tensor, q_latent: Tensor) -> None:
     if seqlens.dtype is not torch.int32 or seqlens.dim() != 1 or not same(seqlens.shape[0], q_latent.shape[0]):
         raise SeqlensError(
@@ -183,8 +215,9 @@ def _fake(
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table)
+    check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
     B, S, H, C = q_latent.shape
     return q_latent.new_empty(B, S, H, C), q_latent.new_empty(B, S, H, dtype=torch.float32)
 
@@ -202,8 +235,13 @@ def reference(
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla_decode`."""
+    if latent_scale is not None:
+        from dscompile.kernels.mla_cache import dequantize  # for these calls alone: others import no kernel
+
+        latent = dequantize(latent, latent_scale, q_latent.dtype)
     if page_table is not None:
         latent, k_rope = (_gather_pages(pool, page_table, seqlens) for pool in (latent, k_rope))
     S, T, wide = q_latent.shape[1], latent.shape[1], accumulation_dtype(q_latent.dtype)
@@ -244,9 +282,12 @@ def _kernel(
     page_table: Tensor | None,
     scale: float,
     causal: bool,
+    latent_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table)
-    return table("mla_decode").run(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal)
+    check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
+    return table("mla_decode").run(
+        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale
+    )
 
 
 def _supports_everything(*_: Any) -> Decision:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, StaticCache
 
 from dscompile.adapters.hf import (
+    CacheDtypeError,
     CapacityError,
     LatentDtypeError,
     LatentShapeError,
@@ -245,3 +246,26 @@ def test_an_initialized_cache_takes_a_compiled_prompt(model: Any) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = logits(model, scattered(model), [tokens(2, 20)])[0]
     torch.testing.assert_close(logits(compiled, cache, [tokens(2, 20)])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float8_rows(model: Any) -> None:
+    """What comes back is within a float8 step of what was given, rope is untouched, and scattered pages hold it."""
+    cache = scattered(model, dtype="fp8")
+    latent, rope = rows(length=70)
+    got, got_rope = cache.update(latent, rope, layer_idx=0)
+    assert got.shape == (2, 1, CAPACITY, C) and torch.equal(got_rope[:, :, :70], rope)
+    assert ((got[:, :, :70] - latent).norm() / latent.norm()) < 0.04
+    again, _ = cache.update(*rows(length=3), layer_idx=0)
+    assert torch.equal(again[:, :, :70], got[:, :, :70]) and int(cache.get_seq_length()) == 73
+    assert cache.layers[0].pool.dtype is torch.uint8 and cache.layers[0].pool.shape[-1] == C + 4 + 4 * R
+
+
+def test_generate_with_float8_rows(model: Any) -> None:
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    got = [model.generate(tokens(2, 9), past_key_values=scattered(model, dtype="fp8"), **settings) for _ in range(2)]
+    assert torch.equal(*got) and got[0].shape == (2, 13)
+
+
+def test_other_dtypes_are_refused(model: Any) -> None:
+    with pytest.raises(CacheDtypeError, match='dtype=.int4.*or give "fp8"'):
+        PagedLatentCache(model.config, CAPACITY, dtype="int4")

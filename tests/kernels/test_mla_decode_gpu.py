@@ -78,7 +78,7 @@ def test_queries_as_a_product_over_heads_leaves_them(s_q: int, impl: str) -> Non
     assert not problems(mla_decode(*args, impl=impl), expected(tuple(args)))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, None])
 def test_runs_agree_in_every_bit(splits: int, impl: str) -> None:
     args = make(BASE.with_(s_q=2, heads=128), "cuda")
     first = mla_decode(*args, impl=impl, splits=splits)
@@ -87,7 +87,7 @@ def test_runs_agree_in_every_bit(splits: int, impl: str) -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize("layout", ["paged", "plain"])
 def test_a_cuda_graph_follows_lengths_that_change(layout: str, splits: int, impl: str) -> None:
     args = make(BASE.with_(lengths=(1000,) * 8, layout=layout, s_q=2), "cuda")
