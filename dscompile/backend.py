@@ -21,6 +21,7 @@ from dscompile.config import Config
 from dscompile.dump import Dump
 from dscompile.errors import AnalysisFailed, StrictRefusal
 from dscompile.lowering import inductor
+from dscompile.lowering.exchange import ExchangeError
 from dscompile.passes import commits, fp8_free, graph_copy, pipeline
 from dscompile.passes.commits import Commits
 from dscompile.passes.fp8_prepared import Prepared
@@ -103,7 +104,10 @@ def _analyse(
             fp8=config.fp8,
             fp8_head=config.fp8_head,
             fuel=config.fuel,
+            ep=None if config.ep_group is None else (config.ep_group, config.ep_capacity),
         )
+    except ExchangeError:  # of this rank alone, perhaps: others would wait for it
+        raise
     except Exception as error:
         raise AnalysisFailed(f"the analysis raised {type(error).__name__}: {error}") from error
     report.records, report.sites, report.rewrites = outcome.records, outcome.sites, outcome.commits.rewrites

@@ -31,6 +31,9 @@ class Config:
     fp8_head: bool = False  #: Under fp8, quantise also the layer whose result leaves the graph: the vocabulary's head.
     fp8_free: bool = False  #: Under fp8, give back the memory of quantised weights: compiled calls alone remain.
     fuel: int | None = None  #: Apply only the first n rewrites of the process, to find a wrong one; None: all.
+    #: Spread experts over the ranks of this group: a ProcessGroup, DeviceMesh of one dimension, "world"; here its name.
+    ep_group: str | None = None
+    ep_capacity: int | None = None  #: Under ep_group, the most tokens of a rank in one call; None: the graph's own.
     verify: bool = False  #: At its compilation, run each rewritten region beside the original and compare.
     inductor: Mapping[str, Any] = field(default_factory=dict)  #: Settings passed on to Inductor.
 
@@ -51,9 +54,12 @@ class Config:
                 passed[name] = value
             else:
                 raise options_.unknown(name, own)
+        if values.get("ep_group") is not None:
+            values["ep_group"] = options_.joined(values["ep_group"])
         if mode is not None:
             values["mode"] = _checked("mode", mode, "mode")
         options_.check_together(mode, options or {}, passed, values.get("fp8"))
+        options_.check_spread(values)
         return cls(**values, inductor=passed)
 
     def key(self) -> str:
@@ -70,7 +76,7 @@ def _from_environment() -> dict[str, Any]:
             value: Any = text
             if name in _FLAGS:
                 value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower(), text)
-            elif name == "fuel":
+            elif name in ("fuel", "ep_capacity"):
                 value = int(text) if text.isdecimal() else text
             found[name] = _checked(name, value, variable)
     return found
@@ -90,6 +96,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise OptionError(f"{where} is {value!r}; it must be True or False.")
     if name == "fuel" and value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise OptionError(f"{where} is {value!r}; it must be a number of rewrites, 0 or more, or None for all.")
+    if name == "ep_capacity" and value is not None and (type(value) is not int or value < 1):
+        raise OptionError(f"{where} is {value!r}; it must be a number of tokens, 1 or more, or None.")
     if name == "dump" and value is not None and not isinstance(value, (str, os.PathLike)):
         raise OptionError(f"{where} is {value!r}; it must be the path of a directory, or None.")
     return value

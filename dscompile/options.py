@@ -15,7 +15,15 @@ from typing import Any
 from dscompile.errors import OptionError
 from dscompile.lowering import inductor
 
-_ANALYSES = ("strict", "verify", "fuel", "fp8", "fp8_head", "fp8_free")  # what `enable=False` leaves without effect
+_ANALYSES = (
+    "strict",
+    "verify",
+    "fuel",
+    "fp8",
+    "fp8_head",
+    "fp8_free",
+    "ep_group",
+)  # what `enable=False` leaves without effect
 _NEED_FP8 = ("fp8_head", "fp8_free")
 
 
@@ -78,3 +86,31 @@ def check_together(mode: str | None, options: Mapping[str, Any], passed: Mapping
                 f"options[{name!r}] is True and fp8 is None: it says what becomes of weights that fp8 quantises. Give "
                 "fp8='block' too, or leave it out."
             )
+
+
+def joined(group: Any) -> str:
+    """The name of a group of ranks, made known to this process; raises OptionError if it is none."""
+    from dscompile.runtime import groups
+
+    try:
+        return groups.join(group).name
+    except groups.GroupError as error:
+        raise OptionError(f"options['ep_group']: {error}") from None
+
+
+def check_spread(values: Mapping[str, Any]) -> None:
+    """Raises OptionError where settings that are in force don't go with expert parallelism.
+
+    Args:
+        values: the settings by name, those that were given.
+    """
+    if values.get("ep_capacity") is not None and values.get("ep_group") is None:
+        raise OptionError(
+            f"options['ep_capacity'] is {values['ep_capacity']} and ep_group is None: it is room for tokens of other "
+            "ranks. Give ep_group too, or leave it out."
+        )
+    if values.get("ep_group") is not None and values.get("verify"):
+        raise OptionError(
+            "options['verify'] is True and ep_group is given: a check of a layer would need every rank to check the "
+            "same one at once. Verify the model without ep_group first."
+        )

@@ -87,9 +87,11 @@ def moved(labels: str, before: Shape, after: Shape) -> str | None:
             continue
         while i < len(labels) and before[i] == ones and size != ones:
             i += 1  # a dimension of size 1 is dropped
+        # No rows are as many as no tokens: a dimension more tells that they were split.
+        splits = i < len(before) and (size != before[i] or (not any(size) and len(after) > len(before)))
         if rest is not None and size == rest:
             out, i, rest = out + "k", i + 1, None
-        elif rest is None and labels[i : i + 1] == "m" and size != before[i] and times(size, following) == before[i]:
+        elif rest is None and labels[i : i + 1] == "m" and splits and times(size, following) == before[i]:
             out, rest = out + "t", following
         elif rest is None and i < len(labels) and size == before[i]:
             out, i = out + labels[i], i + 1

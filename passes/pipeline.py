@@ -1,6 +1,7 @@
 """The ordered list of passes, and the one function that runs them on Dynamo's graph.
 
-    recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->  lower
+    recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->
+    expert_parallel where a group was given  ->  lower
     (->  fp8_share, quantize_weights where FP8 is read or asked for)  ->  real_rotation  ->  mixed_product
 
 A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
@@ -18,9 +19,11 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import dscompile.lowering.ops  # noqa: F401  (registers the operators the passes write)
+from dscompile.lowering.exchange import ExchangeError
 from dscompile.passes import (
     absorb,
     commits,
+    expert_parallel,
     fp8_share,
     lower,
     mixed_product,
@@ -56,6 +59,7 @@ LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product
 # For the names of files: also of the passes that run only where FP8 is read or asked for.
 NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
 NUMBERS |= {name: len(PASSES) + i for i, name in enumerate(LAST)}
+NUMBERS[expert_parallel.NAME] = NUMBERS[recognize_router.NAME]  # only where a group was given
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
@@ -81,6 +85,7 @@ class Outcome:
             recognize_mla.NAME,
             recognize_experts.NAME,
             recognize_router.NAME,
+            expert_parallel.NAME,
             recognize_fp8.NAME,
             quantize_weights.NAME,
             real_rotation.NAME,
@@ -98,11 +103,13 @@ def run(
     fp8: str | None = None,
     fp8_head: bool = False,
     fuel: int | None = None,
+    ep: tuple[str, int | None] | None = None,
 ) -> Outcome:
     """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``.
 
-    With ``fp8``, weights are quantised, the head's too with ``fp8_head``. ``fuel``: see ``commits.py``.
-    """
+    With ``fp8``, weights are quantised, the head's too with ``fp8_head``. ``fuel``: see ``commits.py``. ``ep``: a
+    group's name and the capacity, see ``expert_parallel.py``; its ExchangeError is raised always, since other ranks
+    would wait."""
     outcome = Outcome(commits=Commits(fuel))
     observe = observe or (lambda *_: None)
     found: recognize_fp8.Found = []
@@ -117,10 +124,10 @@ def run(
             if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
                 found = _fp8(module, outcome, observe)
             if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
-                _run(module, inputs, outcome, observe, found, fp8, fp8_head)
+                _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep)
         provenance.fill(module, outcome.commits)
     except Exception as error:
-        if strict:
+        if strict or isinstance(error, ExchangeError):
             raise
         outcome.error = error
     return outcome
@@ -145,6 +152,7 @@ def _run(
     found: recognize_fp8.Found,
     fp8: str | None,
     fp8_head: bool,
+    ep: tuple[str, int | None] | None,
 ) -> None:
     if any(_differentiates(node) for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="the graph takes gradients, or transforms, in itself"))
@@ -187,8 +195,10 @@ def _run(
         absorb.NAME: lambda: absorb.run(bound),
         recognize_experts.NAME: experts,
         recognize_router.NAME: routers,
-        lower.NAME: lambda: lower.run([*bound, *layers]),
     }
+    if ep:
+        passes[expert_parallel.NAME] = lambda: expert_parallel.run(layers, *ep)
+    passes[lower.NAME] = lambda: lower.run([*bound, *layers])
     if found:
         passes[fp8_share.NAME] = lambda: fp8_share.run(module, shadow)
     if fp8:

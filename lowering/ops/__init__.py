@@ -6,6 +6,7 @@ implementations in `lowering.select`.
 """
 
 from dscompile.lowering.ops import (
+    exchange,
     experts,
     fp8_experts,
     fp8_grouped_linear,
@@ -13,13 +14,16 @@ from dscompile.lowering.ops import (
     grouped_linear,
     mixed_linear,
     mla,
+    mla_cache,
     mla_decode,
     permute,
+    placement,
     quantize,
     route,
 )
 
 __all__ = [
+    "exchange",
     "experts",
     "fp8_experts",
     "fp8_grouped_linear",
@@ -27,8 +31,10 @@ __all__ = [
     "grouped_linear",
     "mixed_linear",
     "mla",
+    "mla_cache",
     "mla_decode",
     "permute",
+    "placement",
     "quantize",
     "route",
 ]

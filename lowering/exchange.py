@@ -1,0 +1,289 @@
+"""How tokens travel between ranks: the protocol of an implementation, their choice, and the one that runs anywhere.
+
+A *plan* [T+1,W] says where each token goes: ``plan[t,w]`` is the place of token t among the rows that this rank sends
+to rank w, or -1; the last row counts them. A token goes to a rank once, however many of that rank's experts it chose;
+places are counted up in the order of tokens. Each rank has room for ``capacity`` rows from each, so nothing overflows
+and every shape is known beforehand. *arrived* [M+W] is the other end: the token of each row on the rank that it is
+from, -1 where a row is unused, then the number of rows from each rank.
+
+    dispatch:  rows[s*capacity + plan_s[t,w]] at rank w  =  x[t] of rank s
+    combine:   y[t] at rank s  =  sum over w of rows[s*capacity + plan_s[t,w]] at rank w, in float32, w counted up
+
+Both directions begin with ``start``, which returns an *inbox* (the tensor that is being filled), and end with ``wait``.
+:class:`Exchange` is what an implementation has; `table("exchange")` orders them by `supports(group, device)`, so that a
+faster one is registered in front of ``all_to_all``. That one packs rows, ids and weights into one padded equal-split
+`all_to_all_single` a direction, over whatever collectives the group has (gloo, NCCL). Nothing is read on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dscompile.lowering.errors import OperatorError
+from dscompile.lowering.select import YES, Decision, table
+from dscompile.runtime import groups
+from dscompile.runtime.groups import Group
+
+
+class ExchangeError(OperatorError):
+    """More tokens than the capacity, or experts that can't be spread evenly over the ranks."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What both ends of an exchange know: the group, the experts E of all ranks, rows a rank, and the arena's slot."""
+
+    group: Group
+    experts: int
+    capacity: int
+    slot: int = 0
+
+    @property
+    def local(self) -> int:
+        """Experts L of one rank: rank w has those from w*L on."""
+        return self.experts // self.group.size
+
+    @property
+    def rows(self) -> int:
+        """Rows that a rank receives, used or not: W * capacity."""
+        return self.group.size * self.capacity
+
+
+Inbox = tuple[tuple[int, ...], torch.dtype]
+
+
+class Arrived(NamedTuple):
+    """What a dispatch brought: rows [M,D] and, where routing was sent, ids [M,K] int32, weights [M,K] and `arrived`.
+
+    Ids are those of this rank's experts, -1 where a choice is another rank's and all over rows that are unused, whose
+    `rows` may hold anything. `arrived` [M+W] is int32.
+    """
+
+    rows: Tensor
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    arrived: Tensor | None = None
+
+
+class Exchange(Protocol):
+    """An implementation. T tokens, D width, K choices, W ranks, M = W*capacity rows; W in the order of the group."""
+
+    def inbox(self, width: int, dtype: torch.dtype, routing: Sequence[tuple[int, torch.dtype]], spec: Spec) -> Inbox:
+        """Shape and dtype of what a `start` returns, for rows [_, width] of `dtype` and, beside each, (K, dtype) of ids
+        and weights. Called at trace time too: it reads nothing else."""
+
+    def plan(self, topk_idx: Tensor, spec: Spec) -> Tensor:
+        """[T,K] expert ids, those outside [0,E) of nobody -> [T+1,W] int32."""
+
+    def dispatch_start(
+        self, x: Tensor, plan: Tensor, topk_idx: Tensor | None, topk_weight: Tensor | None, spec: Spec
+    ) -> Tensor:
+        """Begin to send x [T,D] and, if given, ids [T,K] and weights [T,K] (both or none). T <= capacity. -> inbox"""
+
+    def dispatch_wait(self, inbox: Tensor, x: Tensor, topk_weight: Tensor | None, spec: Spec) -> Arrived:
+        """Wait for every rank's rows. `x` and `topk_weight` are those of `dispatch_start`, for shapes and to keep their
+        memory until here."""
+
+    def combine_start(
+        self, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
+    ) -> Tensor:
+        """Begin to send rows [M,D], and weights [M,K] if given, back to where they came from. -> inbox"""
+
+    def combine_wait(
+        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, spec: Spec
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> y [T,D] in the dtype of rows, and the sum of weights [T,K] alike. Rows that the plan doesn't name are
+        never read: they may be NaN."""
+
+
+def choose(group: Group, device: torch.device) -> Exchange:
+    """The implementation for a group on this kind of device."""
+    return table("exchange").choose((group, device))[0].run(group, device)
+
+
+def place_tokens(topk_idx: Tensor, spec: Spec) -> Tensor:
+    """A plan [T+1,W] int32 in plain PyTorch, on any device."""
+    W = spec.group.size
+    valid = (topk_idx >= 0) & (topk_idx < spec.experts)
+    owner_TK = torch.where(valid, topk_idx // spec.local, W)
+    ranks = torch.arange(W, device=topk_idx.device)
+    needed_TW = (owner_TK.unsqueeze(-1) == ranks).any(1)
+    place = torch.where(needed_TW, needed_TW.cumsum(0) - 1, -1)
+    return torch.cat((place, needed_TW.sum(0, keepdim=True))).to(torch.int32)
+
+
+def sources(plan: Tensor, spec: Spec) -> Tensor:
+    """[M] int64: the token of each row that is sent, T where there is none."""
+    place, W = plan[:-1], plan.shape[1]
+    T = place.shape[0]
+    base = torch.arange(W, device=plan.device) * spec.capacity
+    row_TW = torch.where(place >= 0, place + base, spec.rows)
+    token_TW = torch.arange(T, device=plan.device).unsqueeze(1).expand(T, W)
+    found = torch.full((spec.rows + 1,), T, dtype=torch.int64, device=plan.device)
+    return found.scatter_(0, row_TW.flatten(), token_TW.flatten())[:-1]  # the last one: tokens that aren't sent
+
+
+def local_ids(topk_idx: Tensor, source: Tensor, spec: Spec) -> Tensor:
+    """[M,K] int32: the chosen experts of each sent row, counted from the receiving rank's first; -1: not there."""
+    first = torch.arange(spec.group.size, device=source.device).repeat_interleave(spec.capacity) * spec.local
+    ids = _with_row(topk_idx, -1).index_select(0, source)
+    ids = ids - first.to(ids.dtype).unsqueeze(1)
+    return torch.where((ids >= 0) & (ids < spec.local), ids, -1).to(torch.int32)
+
+
+def _with_row(x: Tensor, value: float) -> Tensor:
+    """`x` and one more row, of `value`."""
+    return torch.cat((x, x.new_full((1, *x.shape[1:]), value)))
+
+
+# ------------------------------------------------------------------ over any collectives
+
+
+class AllToAll:
+    """Padded equal splits over `all_to_all_single`: one collective a direction."""
+
+    def inbox(self, width: int, dtype: torch.dtype, routing: Sequence[tuple[int, torch.dtype]], spec: Spec) -> Inbox:
+        token = [(1, torch.int32)] if len(routing) == 2 else []  # beside ids, of a dispatch
+        parts = [(width, dtype), *routing, *token]
+        return (spec.rows, sum(columns * kind.itemsize for columns, kind in parts)), torch.uint8
+
+    def plan(self, topk_idx: Tensor, spec: Spec) -> Tensor:
+        return place_tokens(topk_idx, spec)
+
+    def dispatch_start(
+        self, x: Tensor, plan: Tensor, topk_idx: Tensor | None, topk_weight: Tensor | None, spec: Spec
+    ) -> Tensor:
+        source = sources(plan, spec)
+        parts = [_with_row(x, 0.0).index_select(0, source)]
+        if topk_idx is not None and topk_weight is not None:
+            ids = local_ids(topk_idx, source, spec)
+            weight = _with_row(topk_weight, 0.0).index_select(0, source)
+            token = torch.where(source < x.shape[0], source, -1).to(torch.int32)
+            parts += [ids, torch.where(ids >= 0, weight, 0.0), token.unsqueeze(1)]
+        return _send(_packed(parts), spec)
+
+    def dispatch_wait(self, inbox: Tensor, x: Tensor, topk_weight: Tensor | None, spec: Spec) -> Arrived:
+        _receive(inbox, spec)
+        parts = [(x.shape[1], x.dtype)]
+        if topk_weight is None:
+            return Arrived(*_unpacked(inbox, parts))
+        K = topk_weight.shape[1]
+        rows, ids, weights, token = _unpacked(
+            inbox, [*parts, (K, torch.int32), (K, topk_weight.dtype), (1, torch.int32)]
+        )
+        counts = (token.view(spec.group.size, spec.capacity) >= 0).sum(1, dtype=torch.int32)
+        return Arrived(rows, ids, weights, torch.cat((token.flatten(), counts)))
+
+    def combine_start(
+        self, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
+    ) -> Tensor:
+        return _send(_packed([rows] if row_weights is None else [rows, row_weights]), spec)
+
+    def combine_wait(
+        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, spec: Spec
+    ) -> tuple[Tensor, Tensor | None]:
+        _receive(inbox, spec)
+        sent = [rows] if row_weights is None else [rows, row_weights]
+        sums = [_summed(part, plan, spec) for part in _unpacked(inbox, [(s.shape[1], s.dtype) for s in sent])]
+        return sums[0], sums[1] if row_weights is not None else None
+
+
+def _packed(parts: list[Tensor]) -> Tensor:
+    """[M, bytes] of several [M, _]."""
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+
+
+def _unpacked(inbox: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Copies of the parts [M, _]: what an operator returns may not be a view of what it was given."""
+    sizes = [columns * dtype.itemsize for columns, dtype in parts]
+    pieces = inbox.split(sizes, 1)
+    return [
+        piece.clone(memory_format=torch.contiguous_format).view(dtype)
+        for piece, (_, dtype) in zip(pieces, parts, strict=True)
+    ]
+
+
+def _summed(back: Tensor, plan: Tensor, spec: Spec) -> Tensor:
+    """[T,_]: the sum over ranks of the rows [M,_] that came back, in float32, one rank after the other."""
+    wide = torch.float64 if back.dtype is torch.float64 else torch.float32
+    place_TW = plan[:-1]
+    y = back.new_zeros(place_TW.shape[0], back.shape[1], dtype=wide)
+    for w, block in enumerate(back.split(spec.capacity)):
+        place = place_TW[:, w]
+        row = block.index_select(0, place.clamp(min=0)).to(wide)
+        y = y + torch.where((place >= 0).unsqueeze(1), row, 0.0)
+    return y.to(back.dtype)
+
+
+# Collectives that were begun: address of the inbox -> the collective and what it reads. An inbox lives until its wait.
+_PENDING: dict[int, tuple[Any, Tensor]] = {}
+
+
+def _send(outgoing: Tensor, spec: Spec) -> Tensor:
+    """Begins one padded exchange of [M, bytes]; -> the inbox."""
+    if spec.group.size == 1:
+        return outgoing
+    inbox = torch.empty_like(outgoing)
+    try:
+        work = dist.all_to_all_single(inbox, outgoing, group=spec.group.process_group, async_op=True)
+    except RuntimeError as error:
+        raise spec.group.lost(spec.group.last, error) from None
+    _PENDING[inbox.data_ptr()] = work, outgoing
+    return inbox
+
+
+def _receive(inbox: Tensor, spec: Spec) -> None:
+    """Waits until the inbox is full: on a CUDA device its stream does, elsewhere the host, up to the timeout."""
+    group = spec.group
+    if group.size == 1:
+        return
+    pending = _PENDING.pop(inbox.data_ptr(), None)
+    if pending is None:
+        raise ExchangeError(
+            f"an inbox {list(inbox.shape)} of the group {group.name!r} that no start returned",
+            "Only the tensor itself is being filled: a copy of it may hold anything",
+            "Pass on what dispatch_start, redispatch_start or combine_start returned, once",
+        )
+    try:
+        if inbox.is_cuda:
+            pending[0].wait()
+        else:
+            pending[0].wait(timedelta(seconds=group.timeout))
+    except RuntimeError as error:
+        raise group.lost(group.last, error) from None
+
+
+_ALL_TO_ALL = AllToAll()
+
+
+def _anywhere(group: Group, device: torch.device) -> Decision:
+    return YES
+
+
+table("exchange").register("all_to_all", _anywhere, lambda group, device: _ALL_TO_ALL)
+
+
+def group_named(name: str) -> Group:
+    """The group of that name; raises GroupError if none was joined."""
+    return groups.get(name)
+
+
+def spec_of(group: str, num_experts: int, capacity: int, slot: int) -> Spec:
+    """The spec of an operator's arguments; raises ExchangeError where experts don't fit the ranks."""
+    found = Spec(groups.get(group), num_experts, capacity, slot)
+    if num_experts < 1 or num_experts % found.group.size:
+        raise ExchangeError(
+            f"{num_experts} experts over {found.group.size} ranks",
+            "Each rank holds equally many experts",
+            "Use a group whose size divides the number of experts",
+        )
+    if capacity < 1:
+        raise ExchangeError(f"a capacity of {capacity}", "It is the most tokens of a rank", "Give at least 1")
+    return found

@@ -1,0 +1,370 @@
+"""`dsinfra::dispatch_*`, `combine_*`, `redispatch_*`: tokens to the ranks of their experts and back, each in halves.
+
+    dispatch:    x [T,D], ids [T,K], weights [T,K]  ->  rows [M,D], ids [M,K], weights [M,K], arrived [M+W]
+    combine:     rows [M,D]  ->  y [T,D], the sum over ranks in float32, in the order of ranks (repeatable)
+    redispatch:  x [T,D]  ->  rows [M,D], along a plan that a dispatch made
+
+A token has one row at each rank that holds one of its experts; ids there are counted from that rank's first expert, -1
+where a choice is another rank's. Rows are grouped by the rank they come from, in its order; rows that are unused have
+ids of -1 all over, and may hold anything. `experts` over them, with this rank's weights, skips what isn't its own, and
+
+    experts(x, topk_idx, topk_weight, all weights)
+        = combine(experts(*dispatch(x, topk_idx, topk_weight), own weights))
+
+with M = W * capacity. `start` begins and returns a ticket: the plan [T+1,W] and the inbox, which is full only behind
+`wait` (for the plan and `arrived` see `lowering.exchange`). `wait` takes what `start` was given, so that nothing is
+freed or overwritten between the two, and is what has the gradient: that of dispatch is a combine of rows and of
+weights, that of combine a redispatch. Shapes depend on T, K and the capacity alone, ranks may have any T up to the
+capacity, and nothing is read on the host.
+
+Refused: gradients of the gradient of routing weights; routing weights in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dscompile.lowering.errors import NotDifferentiable
+from dscompile.lowering.exchange import ExchangeError, Spec, choose, spec_of
+from dscompile.lowering.ops.library import define, define_autograd
+from dscompile.lowering.ops.row_checks import FLOATS, check_devices, check_dtype, check_ids, check_rank, check_shape
+
+WEIGHTS = (torch.float32, torch.float64)
+
+# ------------------------------------------------------------------ checks
+
+
+def check_dispatch(op: str, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> None:
+    """Raise what is wrong with tokens that are to be sent to their experts, if anything is."""
+    check_tokens(op, x, spec)
+    check_rank(op, "topk_idx", topk_idx, "TK")
+    check_ids(op, topk_idx, x.shape[0])
+    check_shape(op, "topk_weight", topk_weight, tuple(topk_idx.shape), "It weighs each id", topk_idx=topk_idx)
+    check_dtype(op, "topk_weight", topk_weight, WEIGHTS)
+    check_devices(op, x, topk_idx=topk_idx, topk_weight=topk_weight)
+
+
+def check_tokens(op: str, x: Tensor, spec: Spec) -> None:
+    """Raise if x is no [T,D], or T is more than the capacity; a symbolic T is looked at when it has a value."""
+    check_rank(op, "x", x, "TD")
+    check_dtype(op, "x", x, FLOATS)
+    T = x.shape[0]
+    if isinstance(T, int) and T > spec.capacity:
+        raise ExchangeError(
+            f"{op}: x {list(x.shape)} has {T} tokens and the capacity is {spec.capacity}",
+            "Ranks set room aside for the capacity, which no rank may exceed",
+            "Give a larger options['ep_capacity'] on every rank, or fewer tokens",
+        )
+
+
+def check_rows(op: str, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec) -> None:
+    """Raise what is wrong with rows that are to go back, if anything is."""
+    check_rank(op, "rows", rows, "MD")
+    check_dtype(op, "rows", rows, FLOATS)
+    check_shape(op, "rows", rows, (spec.rows, rows.shape[1]), "It holds `capacity` rows of each rank")
+    check_plan(op, plan, spec)
+    check_arrived(op, arrived, spec)
+    if row_weights is not None:
+        check_shape(op, "row_weights", row_weights, (spec.rows, row_weights.shape[-1]), "It goes with rows", rows=rows)
+        check_dtype(op, "row_weights", row_weights, WEIGHTS)
+    check_devices(op, rows, plan=plan, arrived=arrived, row_weights=row_weights)
+
+
+def check_plan(op: str, plan: Tensor, spec: Spec) -> None:
+    """Raise if `plan` isn't one of this group."""
+    check_dtype(op, "plan", plan, (torch.int32,))
+    check_rank(op, "plan", plan, ("T+1", "W"))
+    check_shape(op, "plan", plan, (plan.shape[0], spec.group.size), "It has a column for each rank")
+
+
+def check_arrived(op: str, arrived: Tensor, spec: Spec) -> None:
+    """Raise if `arrived` isn't what a dispatch of this group returned."""
+    check_dtype(op, "arrived", arrived, (torch.int32,))
+    check_shape(op, "arrived", arrived, (spec.rows + spec.group.size,), "It names each row's token, then counts them")
+
+
+def _empty_inbox(like: Tensor, routing: list[tuple[int, torch.dtype]], spec: Spec) -> Tensor:
+    shape, dtype = choose(spec.group, like.device).inbox(like.shape[1], like.dtype, routing, spec)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _routing(topk_weight: Tensor) -> list[tuple[int, torch.dtype]]:
+    K = topk_weight.shape[1]
+    return [(K, torch.int32), (K, topk_weight.dtype)]
+
+
+def _enter(op: str, x: Tensor, spec: Spec, top_k: int | None = None) -> None:
+    """One exchange more; the first of its kind is compared between ranks."""
+    agreed: dict[str, Any] = {"capacity": spec.capacity, "width": x.shape[1], "dtype": str(x.dtype)}
+    if top_k is not None:
+        agreed |= {"experts": spec.experts, "choices a token": top_k}
+    spec.group.enter(op, agreed)
+
+
+# ------------------------------------------------------------------ dispatch
+
+
+def _fake_dispatch_start(
+    x: Tensor, topk_idx: Tensor, topk_weight: Tensor, group: str, num_experts: int, capacity: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_dispatch("dispatch_start", x, topk_idx, topk_weight, spec)
+    plan = x.new_empty(x.shape[0] + 1, spec.group.size, dtype=torch.int32)
+    return plan, _empty_inbox(x, _routing(topk_weight), spec)
+
+
+def _dispatch_start(
+    x: Tensor, topk_idx: Tensor, topk_weight: Tensor, group: str, num_experts: int, capacity: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_dispatch("dispatch_start", x, topk_idx, topk_weight, spec)
+    _enter("dispatch_start", x, spec, topk_idx.shape[1])
+    way = choose(spec.group, x.device)
+    plan = way.plan(topk_idx, spec)
+    return plan, way.dispatch_start(x, plan, topk_idx, topk_weight, spec)
+
+
+def _fake_dispatch_wait(
+    plan: Tensor,
+    inbox: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weight: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_dispatch("dispatch_wait", x, topk_idx, topk_weight, spec)
+    M, K = spec.rows, topk_idx.shape[1]
+    ids = topk_idx.new_empty(M, K, dtype=torch.int32)
+    return x.new_empty(M, x.shape[1]), ids, topk_weight.new_empty(M, K), ids.new_empty(M + spec.group.size)
+
+
+def _dispatch_wait(
+    plan: Tensor,
+    inbox: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weight: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> tuple[Tensor, ...]:
+    spec = spec_of(group, num_experts, capacity, slot)
+    return tuple(choose(spec.group, x.device).dispatch_wait(inbox, x, topk_weight, spec))
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    plan, _, _, _, _, *ctx.settings = inputs
+    _, ids, _, arrived = output
+    ctx.mark_non_differentiable(ids, arrived)
+    ctx.save_for_backward(plan, arrived, ids)
+
+
+def _backward_dispatch(
+    ctx: Any, grad_rows: Tensor, _: None, grad_weights: Tensor, __: None
+) -> tuple[Tensor | None, ...]:
+    plan, arrived, ids = ctx.saved_tensors
+    group, num_experts, capacity, slot = ctx.settings
+    # What a row has for another rank's choices was never computed.
+    grad_weights = torch.where(ids >= 0, grad_weights, 0.0)
+    grad_x, grad_weight = combine(grad_rows, grad_weights, plan, arrived, group, num_experts, capacity, slot)
+    return None, None, grad_x, None, grad_weight, None, None, None, None
+
+
+# ------------------------------------------------------------------ redispatch
+
+
+def _fake_redispatch_start(x: Tensor, plan: Tensor, group: str, num_experts: int, capacity: int, slot: int) -> Tensor:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_tokens("redispatch_start", x, spec)
+    check_plan("redispatch_start", plan, spec)
+    return _empty_inbox(x, [], spec)
+
+
+def _redispatch_start(x: Tensor, plan: Tensor, group: str, num_experts: int, capacity: int, slot: int) -> Tensor:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_tokens("redispatch_start", x, spec)
+    check_plan("redispatch_start", plan, spec)
+    _enter("redispatch_start", x, spec)
+    return choose(spec.group, x.device).dispatch_start(x, plan, None, None, spec)
+
+
+def _fake_redispatch_wait(
+    inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, group: str, num_experts: int, capacity: int, slot: int
+) -> Tensor:
+    return x.new_empty(spec_of(group, num_experts, capacity, slot).rows, x.shape[1])
+
+
+def _redispatch_wait(
+    inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, group: str, num_experts: int, capacity: int, slot: int
+) -> Tensor:
+    spec = spec_of(group, num_experts, capacity, slot)
+    return choose(spec.group, x.device).dispatch_wait(inbox, x, None, spec).rows
+
+
+def _setup_redispatch(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, _, plan, arrived, *ctx.settings = inputs
+    ctx.save_for_backward(plan, arrived)
+
+
+def _backward_redispatch(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, _ = combine(grad_rows, None, *ctx.saved_tensors, *ctx.settings)
+    return None, grad_x, None, None, None, None, None, None
+
+
+# ------------------------------------------------------------------ combine
+
+
+def combine(
+    rows: Tensor,
+    row_weights: Tensor | None,
+    plan: Tensor,
+    arrived: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> tuple[Tensor, Tensor]:
+    """Both halves, one behind the other."""
+    ops, where = torch.ops.dsinfra, (group, num_experts, capacity, slot)
+    inbox = ops.combine_start.default(rows, row_weights, plan, arrived, *where)
+    return ops.combine_wait.default(inbox, rows, row_weights, plan, arrived, *where)
+
+
+def _fake_combine_start(
+    rows: Tensor,
+    row_weights: Tensor | None,
+    plan: Tensor,
+    arrived: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> Tensor:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_rows("combine_start", rows, row_weights, plan, arrived, spec)
+    return _empty_inbox(rows, [] if row_weights is None else _routing(row_weights)[1:], spec)
+
+
+def _combine_start(
+    rows: Tensor,
+    row_weights: Tensor | None,
+    plan: Tensor,
+    arrived: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> Tensor:
+    spec = spec_of(group, num_experts, capacity, slot)
+    check_rows("combine_start", rows, row_weights, plan, arrived, spec)
+    _enter("combine_start", rows, spec)
+    return choose(spec.group, rows.device).combine_start(rows, row_weights, plan, arrived, spec)
+
+
+def _fake_combine_wait(
+    inbox: Tensor,
+    rows: Tensor,
+    row_weights: Tensor | None,
+    plan: Tensor,
+    arrived: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> tuple[Tensor, Tensor]:
+    T = plan.shape[0] - 1
+    weights = rows.new_empty(T, 0) if row_weights is None else row_weights.new_empty(T, row_weights.shape[1])
+    return rows.new_empty(T, rows.shape[1]), weights
+
+
+def _combine_wait(
+    inbox: Tensor,
+    rows: Tensor,
+    row_weights: Tensor | None,
+    plan: Tensor,
+    arrived: Tensor,
+    group: str,
+    num_experts: int,
+    capacity: int,
+    slot: int,
+) -> tuple[Tensor, Tensor]:
+    spec = spec_of(group, num_experts, capacity, slot)
+    y, weights = choose(spec.group, rows.device).combine_wait(inbox, rows, row_weights, plan, spec)
+    return y, rows.new_empty(plan.shape[0] - 1, 0) if weights is None else weights
+
+
+def _setup_combine(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, _, row_weights, plan, arrived, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_weights = row_weights is not None
+    ctx.save_for_backward(plan, arrived)
+
+
+def _backward_combine(ctx: Any, grad_y: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    if ctx.has_weights:
+        raise NotDifferentiable(
+            f"combine_wait: a gradient through a sum of rows and weights, for rows {list(grad_y.shape)}",
+            "That sum is the gradient of a dispatch, and gradients of gradients aren't kept track of",
+            "Call backward without create_graph=True",
+        )
+    plan, arrived = ctx.saved_tensors
+    ops = torch.ops.dsinfra
+    inbox = ops.redispatch_start.default(grad_y, plan, *ctx.settings)
+    grad_rows = ops.redispatch_wait.default(inbox, grad_y, plan, arrived, *ctx.settings)
+    return None, grad_rows, None, None, None, None, None, None, None
+
+
+# ------------------------------------------------------------------ registration and FLOPs
+
+_WHERE = "str group, int num_experts, int capacity, int slot)"
+_TICKET = "Tensor plan, Tensor inbox"
+_ROUTED = "Tensor x, Tensor topk_idx, Tensor topk_weight"
+_BACK = "Tensor rows, Tensor? row_weights, Tensor plan, Tensor arrived"
+for _name, _schema, _run, _fake in (
+    ("dispatch_start", f"({_ROUTED}, {_WHERE} -> ({_TICKET})", _dispatch_start, _fake_dispatch_start),
+    (
+        "dispatch_wait",
+        f"({_TICKET}, {_ROUTED}, {_WHERE} -> (Tensor rows, Tensor ids, Tensor weights, Tensor arrived)",
+        _dispatch_wait,
+        _fake_dispatch_wait,
+    ),
+    ("redispatch_start", f"(Tensor x, Tensor plan, {_WHERE} -> Tensor", _redispatch_start, _fake_redispatch_start),
+    (
+        "redispatch_wait",
+        f"(Tensor inbox, Tensor x, Tensor plan, Tensor arrived, {_WHERE} -> Tensor",
+        _redispatch_wait,
+        _fake_redispatch_wait,
+    ),
+    ("combine_start", f"({_BACK}, {_WHERE} -> Tensor", _combine_start, _fake_combine_start),
+    (
+        "combine_wait",
+        f"(Tensor inbox, {_BACK}, {_WHERE} -> (Tensor y, Tensor y_weights)",
+        _combine_wait,
+        _fake_combine_wait,
+    ),
+):
+    define(_name, _schema, kernel=_run, fake=_fake, autocast=False)
+define_autograd("dispatch_wait", setup_context=_setup_dispatch, backward=_backward_dispatch)
+define_autograd("redispatch_wait", setup_context=_setup_redispatch, backward=_backward_redispatch)
+define_autograd("combine_wait", setup_context=_setup_combine, backward=_backward_combine)
+
+
+@register_flop_formula(
+    [
+        getattr(torch.ops.dsinfra, f"{_name}_{_half}")
+        for _name in ("dispatch", "redispatch", "combine")
+        for _half in ("start", "wait")
+    ]
+)
+def exchange_flops(*_: Any, **__: Any) -> int:
+    """Copies and sums aren't counted (torch's convention)."""
+    return 0
