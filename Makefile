@@ -52,10 +52,11 @@ format: $(READY)
 types: $(READY)
 	@$(call optional,mypy) $(PY) -m mypy
 
-# Two processes of one thread each; a file's tests stay in one, as they share what they compile.
+# Two processes of one thread each; a file's tests stay in one, as they share what they compile. tests/conftest.py has
+# the order of the files.
 pytest: $(READY) $(OTHERS)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q \
-	  $$($(PY) -c 'import xdist; print("-n", 2, "--dist", "loadfile")' 2>/dev/null)
+	  $$($(PY) -c 'import xdist; print("-n", 2, "--dist", "loadfile", "--no-loadscope-reorder")' 2>/dev/null)
 
 tables: $(READY)
 	$(PY) -m bench.table

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 from torch._logging import trace_structured
 
@@ -88,9 +89,9 @@ def _settings(config: Config) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is compiled, those that are installed."""
-    found = {"dscompile": dscompile.__version__}
-    for name in ("torch", "triton", "transformers"):
+    """Of the packages that decide what is compiled, those that are installed; torch's with its build (`+cu130`)."""
+    found = {"dscompile": dscompile.__version__, "torch": torch.__version__}
+    for name in ("triton", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

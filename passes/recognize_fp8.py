@@ -181,7 +181,7 @@ def _check_blocks(node: fx.Node, x: torch.Tensor, w: torch.Tensor, s_a: torch.Te
         raise PerTensorScale("each operand has one scale, which torch takes for the whole tensor's", node)
     if s_a.dtype != torch.float32 or s_b.dtype != torch.float32:
         raise WrongBlocks(f"the scales are {s_a.dtype} and {s_b.dtype}: MX and NV formats have no kernel here", node)
-    fits_a = _static(s_a.shape[0], M) and s_a.shape[1] == k_blocks
+    fits_a = _agree(s_a.shape[0], M) and s_a.shape[1] == k_blocks
     if not fits_a or s_b.shape[0] not in (k_blocks, padded) or s_b.shape[1] != n_blocks:
         raise WrongBlocks(
             f"scales {list(s_a.shape)} and {list(s_b.shape)} for [{M}, {K}] x [{K}, {N}]: not [{M}, {k_blocks}] and "
@@ -194,6 +194,15 @@ def _static(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Equal by their expressions: comparing symbolic sizes would install a guard."""
     left, right = (x if isinstance(x, int) else x.node.expr for x in (a, b))
     return bool(left == right)
+
+
+def _agree(rows: int | torch.SymInt, M: int | torch.SymInt) -> bool:
+    """Equal by their expressions, or by a guard: the product itself runs only where each of M rows has its scale.
+
+    Not every torch compares the two while it traces the product (2.11 doesn't on CPUs), so two symbols may be left.
+    """
+    known = all(isinstance(size, int) or size.node.has_hint() for size in (rows, M))
+    return _static(rows, M) or (known and bool(rows == M))
 
 
 def _block_major(e: Emitter, scale: fx.Node, rows: int | torch.SymInt) -> fx.Node:

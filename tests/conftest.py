@@ -1,7 +1,11 @@
-"""Markers become skips that name their tier, skips are counted by tier, and a folder's bare name ends the run early."""
+"""Markers become skips that name their tier, skips are counted by tier, and a folder's bare name ends the run early.
+
+Long files begin first, and the garbage collector runs less often, which is a tenth of the time.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -40,11 +44,36 @@ def _missing(item: pytest.Item) -> str | None:
     return None
 
 
+# Begun first, longest first: with a file a worker, the run ends with whatever was begun last.
+LONGEST = (
+    "models/test_matrix.py",
+    "models/test_old_versions.py",
+    "kernels/test_interpreter_tier.py",
+    "models/test_second_start.py",
+    "models/test_inductor.py",
+    "models/test_zoo.py",
+    "models/test_fp8.py",
+)
+
+
+def _place(item: pytest.Item) -> int:
+    folders = item.path.as_posix()
+    return next((place for place, name in enumerate(LONGEST) if folders.endswith(f"tests/{name}")), len(LONGEST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     for item in items:
         reason = _missing(item)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not go over it again with every graph that is compiled."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -286,12 +286,26 @@ def test_export_knows_nothing_of_us() -> None:
 # ------------------------------------------------------------------ unusual inputs
 
 
+def traced_by_torch(model: nn.Module, x: torch.Tensor) -> None:
+    """Skips where the oldest torch can't trace the call for any backend: nothing of ours runs then."""
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend="eager")(x)
+    except Exception as error:
+        if not torch.__version__.startswith("2.11."):
+            raise
+        pytest.skip(f"versions: Dynamo of torch {torch.__version__} can't trace it: {type(error).__name__}")
+    finally:
+        torch._dynamo.reset()
+
+
 class Wrapped(torch.Tensor):
     """A subclass that does nothing of its own."""
 
 
 def test_a_tensor_subclass() -> None:
     model, x = Toy(), randn(2, S, D)
+    traced_by_torch(model, x.as_subclass(Wrapped))
     with torch.no_grad():
         found = compiled(model)(x.as_subclass(Wrapped))
     same(found.as_subclass(torch.Tensor), model(x))
@@ -346,17 +360,21 @@ def one_rank() -> Iterator[DeviceMesh]:
 
 
 def plain_parts(self: Toy, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Toy's, without rotation: its table is no distributed tensor."""
+    """Toy's, without rotation: its table is no distributed tensor, and is made on the CPU."""
     q_nope, q_rope = self.q(x).view(*x.shape[:2], H, N + R).transpose(1, 2).split([N, R], -1)
     latent, k_rope = self.a(x).split([C, R], -1)
     return q_nope, q_rope, latent, k_rope.unsqueeze(1)
+
+
+# Products of torch 2.11 flatten heads into requests, which its sharded tensors refuse.
+PLACEMENT = Replicate() if torch.__version__.startswith("2.11.") else Shard(0)
 
 
 def test_distributed_tensors_are_left_alone(one_rank: DeviceMesh) -> None:
     changed = toy(parts=plain_parts, attend=lambda self, q, k, v: torch.softmax(q @ k.mT, -1) @ v)
     model, spread, x = changed(), changed(), randn(2, S, D)
     for layer in (spread.q, spread.a, spread.b, spread.o):
-        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), one_rank, [Shard(0)]))
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), one_rank, [PLACEMENT]))
     with torch.no_grad():
         found = compiled(spread, "aot_eager")(distribute_tensor(x, one_rank, [Replicate()]))
         same(found.full_tensor(), model(x))

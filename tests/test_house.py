@@ -122,13 +122,17 @@ def test_docstrings() -> None:
 
 
 def tracked_texts() -> list[Path]:
-    """Text files of the checkout; without git, every text file that is no build product."""
+    """Text files of the checkout; without git, every text file outside of the hidden folders that tools leave."""
     git = subprocess.run(["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
     if git.returncode == 0:
         paths = [ROOT / line for line in git.stdout.splitlines()]
     else:
-        paths = [p for p in ROOT.rglob("*") if not any(w.startswith(".venv") or w == ".git" for w in p.parts)]
+        paths = [p for p in ROOT.rglob("*") if not _is_hidden(p.relative_to(ROOT).parts[:-1])]
     return [p for p in paths if p.is_file() and not p.is_symlink() and p.suffix in TEXT_SUFFIXES]
+
+
+def _is_hidden(folders: tuple[str, ...]) -> bool:
+    return any(name.startswith(".") and name != ".ci" for name in folders)
 
 
 def test_no_paths_of_one_machine() -> None:

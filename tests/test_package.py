@@ -21,8 +21,11 @@ FOLDERS = ("kernels", "lowering", "passes", "runtime")
 
 
 def run_python(*words: str, path: Path | str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run Python in `cwd` with `path` as the whole PYTHONPATH, so that nothing of this process leaks in."""
-    env = os.environ | {"PYTHONPATH": str(path)}
+    """Run Python in `cwd` with `path` as the whole PYTHONPATH, so that nothing of this process leaks in.
+
+    Without PYTHONSAFEPATH: that Python finds packages in the folder it starts in is what several tests are about.
+    """
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"PYTHONPATH": str(path)}
     return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 

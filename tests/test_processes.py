@@ -19,9 +19,11 @@ from dscompile.errors import DumpDirectoryError
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("dscompile", "passes", "lowering", "kernels", "runtime")
 
+# For each folder in argv a process that compiles with the package in it, one after another. They are forked where torch
+# is imported and nothing else has happened, which spares all but one of its imports.
 # Notes every file that Python opens for writing, makes, renames or links. Compilers that torch starts are processes of
 # their own: what they leave is found by looking through the folders afterwards.
-_PROCESS = """
+_PROCESSES = """
 import json, os, sys
 written = []
 def hook(event, args):
@@ -34,8 +36,17 @@ def hook(event, args):
         if not isinstance(made, int):
             written.append(os.path.abspath(os.fsdecode(made)))
 sys.addaudithook(hook)
-sys.path[:0] = sys.argv[1:]
-import torch
+import torch, torch._dynamo
+tests, *roots = sys.argv[1:]
+for root in roots:
+    process = os.fork()
+    if not process:
+        break
+    if os.waitpid(process, 0)[1]:
+        sys.exit(1)
+else:
+    sys.exit(0)
+sys.path[:0] = [root, tests]
 from torch._dynamo.utils import counters
 from dscompile._entry import ensure_registered
 from tests.passes.toy import D, S, Toy, randn
@@ -50,8 +61,11 @@ print(json.dumps(found | {name: dict(counters[name]) for name in ("aot_autograd"
 """
 
 
-def process(folder: Path, root: Path) -> dict[str, Any]:
-    """Compiles a toy with the package in `root`, in a new process; its home, caches and dumps are below `folder`."""
+def processes(folder: Path, *roots: Path) -> list[dict[str, Any]]:
+    """Compiles a toy with the package in each of `roots`, in a process each, one after another.
+
+    Their home, caches and dumps are below `folder`.
+    """
     places = {name: folder / name for name in ("home", "cwd", "cache", "tmp")}
     for place in places.values():
         place.mkdir(exist_ok=True)
@@ -59,16 +73,16 @@ def process(folder: Path, root: Path) -> dict[str, Any]:
     env |= {"HOME": str(places["home"]), "TMPDIR": str(places["tmp"]), "CUDA_VISIBLE_DEVICES": ""}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(places["cache"]), "DSINFRA_DUMP": str(folder / "dump")}
     env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-c", _PROCESS, str(root), str(ROOT)]
+    command = [sys.executable, "-c", _PROCESSES, ROOT, *roots]
     run = subprocess.run(command, cwd=places["cwd"], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
 def copy_of_package(folder: Path, version: str) -> Path:
-    """The package's sources elsewhere, as another version."""
+    """The package's sources elsewhere, as another version; with their bytecode, for which the times of files vouch."""
     for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__", *(FOLDERS[1:] if name == "dscompile" else ()))
+        ignored = shutil.ignore_patterns(*(FOLDERS[1:] if name == "dscompile" else ()))
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         if name != "dscompile":
             (folder / "dscompile" / name).symlink_to(folder / name)
@@ -83,7 +97,7 @@ def copy_of_package(folder: Path, version: str) -> Path:
 def test_caches_and_files(tmp_path: Path) -> None:
     """The second process compiles from the caches; one of another version never does; nothing is written elsewhere."""
     ours, others = (copy_of_package(tmp_path / version, version) for version in ("9.9.8", "9.9.9"))
-    first, second, other = (process(tmp_path, root) for root in (ours, ours, others))
+    first, second, other = processes(tmp_path, ours, ours, others)
     assert all(run["file"].startswith(str(tmp_path)) for run in (first, second, other))
     assert first["aot_autograd"]["autograd_cache_miss"] == 1 and first["inductor"]["fxgraph_cache_miss"] == 1
     assert second["aot_autograd"]["autograd_cache_hit"] == 1 and "fxgraph_cache_miss" not in second["inductor"]

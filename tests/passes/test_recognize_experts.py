@@ -19,7 +19,7 @@ from dscompile.passes import experts_joined, refusals
 from tests.passes.toy import compile_passes, randn, same_as_eager, stack
 from tests.zoo import hf
 from tests.zoo.expert_near_misses import NEAR_MISSES, Dropout, Returned
-from tests.zoo.experts import Layer, ToyExperts, grouped_mm
+from tests.zoo.experts import LEFT_ALONE, Layer, ToyExperts, grouped_mm
 
 D = ToyExperts.D
 
@@ -195,7 +195,7 @@ def test_gate_and_up_apart(stored: str, monkeypatch: pytest.MonkeyPatch) -> None
     (report,) = same_as_eager(apart)
     assert report.op_counts == {"experts": 1, "route": 1}
     assert only([report]).decision.startswith("gate and up joined once")
-    assert only(same_as_eager(apart, train=True)).refusal == "SeparateGateUp"
+    assert only(same_as_eager(apart, train=True, inner=LEFT_ALONE)).refusal == "SeparateGateUp"
     monkeypatch.setattr(experts_joined, "JOIN_ROWS", 3)
     (report,) = same_as_eager(apart, train=True)
     assert report.op_counts.get("experts") == 1 and "on each call" in only([report]).decision
@@ -269,7 +269,7 @@ def test_the_result_may_be_changed_in_place() -> None:
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("module", NEAR_MISSES, ids=lambda m: m.__name__)
 def test_near_misses(module: type[ToyExperts], train: bool) -> None:
-    site = only(same_as_eager(toy(module), (randn(2, 6, D),), train=train))
+    site = only(same_as_eager(toy(module), (randn(2, 6, D),), train=train, inner=LEFT_ALONE if train else ""))
     assert not site.matched and site.refusal in NEAR_MISSES[module].split("|"), site
     assert site.reason and re.search(r"\.py:\d+", site.source)
 
@@ -283,7 +283,7 @@ def test_near_misses_beside_real_layers(module: type[ToyExperts]) -> None:
 
 
 def test_active_dropout_is_refused() -> None:
-    compiled, reports = compile_passes(toy(Dropout)().train(), "aot_eager")
+    compiled, reports = compile_passes(toy(Dropout)().train(), LEFT_ALONE)
     compiled(randn(2, 6, D).requires_grad_())
     assert only(reports).refusal == "ExpertDropout"
     assert only(same_as_eager(lambda: toy(Dropout)().eval())).matched, "the same module in evaluation draws nothing"
@@ -303,7 +303,7 @@ def test_stopped_gradients_are_refused(where: str) -> None:
         def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
             return super().combine(z.detach() if where == "results" else z, weight_TK, perm, x)
 
-    assert not only(same_as_eager(toy(Stopped), train=True)).matched
+    assert not only(same_as_eager(toy(Stopped), train=True, inner=LEFT_ALONE)).matched
     assert only(same_as_eager(toy(Stopped))).matched, "without gradients there is nothing to stop"
 
 

@@ -59,7 +59,7 @@ sdpa = F.scaled_dot_product_attention
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Stands for the rotation of x_BHSR: arithmetic by position. No proof looks into it; test_rope.py has real ones."""
-    return x * torch.arange(x.shape[2], dtype=x.dtype).cos()[:, None]
+    return x * torch.arange(x.shape[2], dtype=x.dtype, device=x.device).cos()[:, None]
 
 
 def toy(**methods: Callable) -> type[Toy]:
