@@ -22,7 +22,7 @@ from dscompile.dump import Dump
 from dscompile.errors import AnalysisFailed, StrictRefusal
 from dscompile.lowering import inductor
 from dscompile.lowering.exchange import ExchangeError
-from dscompile.passes import commits, fp8_free, graph_copy, pipeline
+from dscompile.passes import commits, fp8_free, graph_copy, pipeline, placement
 from dscompile.passes.commits import Commits
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.fp8_refusals import KeptPrecise
@@ -73,8 +73,8 @@ def dsinfra(
     log.info("%s", report)
     fp8_free.check(gm, example_inputs)
     if prepared is None or not prepared.slots:
-        return _compile(gm, example_inputs, config)
-    compiled = prepared.bind(_compile(*prepared.lift(), config))
+        return _compile_placed(gm, example_inputs, config)
+    compiled = prepared.bind(_compile_placed(*prepared.lift(), config))
     if config.fp8_free and config.inner != "eager":  # which would run what is dead, too
         report.records.append(fp8_free.run(prepared))
         log.info("dsinfra: %s", report.records[-1].note)
@@ -105,6 +105,7 @@ def _analyse(
             fp8_head=config.fp8_head,
             fuel=config.fuel,
             ep=None if config.ep_group is None else (config.ep_group, config.ep_capacity),
+            book=config.placement,
         )
     except ExchangeError:  # of this rank alone, perhaps: others would wait for it
         raise
@@ -123,6 +124,12 @@ def _analyse(
             + "."
         )
     return outcome.prepared, outcome.commits
+
+
+def _compile_placed(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """With slots and maps of placed experts as further inputs, where there are any."""
+    gm, inputs, bind = placement.lift(gm, inputs)
+    return bind(_compile(gm, inputs, config))
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:

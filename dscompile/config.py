@@ -34,6 +34,7 @@ class Config:
     #: Spread experts over the ranks of this group: a ProcessGroup, DeviceMesh of one dimension, "world"; here its name.
     ep_group: str | None = None
     ep_capacity: int | None = None  #: Under ep_group, the most tokens of a rank in one call; None: the graph's own.
+    placement: Any = None  #: Experts of these layers lie in slots and may move: a ``dscompile.passes.placement.Book``.
     verify: bool = False  #: At its compilation, run each rewritten region beside the original and compare.
     inductor: Mapping[str, Any] = field(default_factory=dict)  #: Settings passed on to Inductor.
 
@@ -68,7 +69,8 @@ class Config:
 
 
 def _from_environment() -> dict[str, Any]:
-    names = {f"DSINFRA_{f.name.upper()}": f.name for f in fields(Config) if f.name not in ("inductor", "mode")}
+    objects = ("inductor", "mode", "placement")
+    names = {f"DSINFRA_{f.name.upper()}": f.name for f in fields(Config) if f.name not in objects}
     found = {}
     for variable, text in os.environ.items():
         if variable in names and text != "":
@@ -98,6 +100,11 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise OptionError(f"{where} is {value!r}; it must be a number of rewrites, 0 or more, or None for all.")
     if name == "ep_capacity" and value is not None and (type(value) is not int or value < 1):
         raise OptionError(f"{where} is {value!r}; it must be a number of tokens, 1 or more, or None.")
+    if name == "placement" and value is not None:
+        from dscompile.passes.placement import Book
+
+        if not isinstance(value, Book):
+            raise OptionError(f"{where} is a {type(value).__name__}; it must be a passes.placement.Book, or None.")
     if name == "dump" and value is not None and not isinstance(value, (str, os.PathLike)):
         raise OptionError(f"{where} is {value!r}; it must be the path of a directory, or None.")
     return value

@@ -83,9 +83,10 @@ class Dump:
 
 def _settings(config: Config) -> dict[str, object]:
     """Those that differ from the defaults."""
-    default, own = Config(), [f.name for f in fields(config) if f.name not in ("inductor", "dump")]
+    default, own = Config(), [f.name for f in fields(config) if f.name not in ("inductor", "dump", "placement")]
     changed = {name: getattr(config, name) for name in own if getattr(config, name) != getattr(default, name)}
-    return changed | {name: str(value) for name, value in config.inductor.items()}
+    placed = {} if config.placement is None else {"placement": sorted(config.placement.layers)}
+    return changed | placed | {name: str(value) for name, value in config.inductor.items()}
 
 
 def versions() -> dict[str, str]:

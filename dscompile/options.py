@@ -99,7 +99,7 @@ def joined(group: Any) -> str:
 
 
 def check_spread(values: Mapping[str, Any]) -> None:
-    """Raises OptionError where settings that are in force don't go with expert parallelism.
+    """Raises OptionError where settings that are in force don't go with expert parallelism or placement.
 
     Args:
         values: the settings by name, those that were given.
@@ -108,6 +108,12 @@ def check_spread(values: Mapping[str, Any]) -> None:
         raise OptionError(
             f"options['ep_capacity'] is {values['ep_capacity']} and ep_group is None: it is room for tokens of other "
             "ranks. Give ep_group too, or leave it out."
+        )
+    if values.get("placement") is not None and (values.get("verify") or not values.get("enable", True)):
+        other = "verify" if values.get("verify") else "enable"
+        raise OptionError(
+            f"options[{other!r}] is {values[other]} and placement is given: its counters would count a check's tokens, "
+            "and without analysis no layer would read its slots. Leave one of the two out."
         )
     if values.get("ep_group") is not None and values.get("verify"):
         raise OptionError(

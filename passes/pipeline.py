@@ -1,7 +1,7 @@
 """The ordered list of passes, and the one function that runs them on Dynamo's graph.
 
     recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->
-    expert_parallel where a group was given  ->  lower
+    placement and expert_parallel where they are asked for  ->  lower
     (->  fp8_share, quantize_weights where FP8 is read or asked for)  ->  real_rotation  ->  mixed_product
 
 A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
@@ -27,6 +27,7 @@ from dscompile.passes import (
     fp8_share,
     lower,
     mixed_product,
+    placement,
     provenance,
     quantize_weights,
     real_rotation,
@@ -60,6 +61,7 @@ LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product
 NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
 NUMBERS |= {name: len(PASSES) + i for i, name in enumerate(LAST)}
 NUMBERS[expert_parallel.NAME] = NUMBERS[recognize_router.NAME]  # only where a group was given
+NUMBERS[placement.NAME] = NUMBERS[recognize_router.NAME]  # only where a book was given
 
 # In training, a graph that holds one of these is left alone: a rewrite could lose what they do to a gradient.
 _GRADIENT_HOOKS = ("register_hook", "autograd_function_apply", "call_hook", "_register_hook_trampoline")
@@ -85,6 +87,7 @@ class Outcome:
             recognize_mla.NAME,
             recognize_experts.NAME,
             recognize_router.NAME,
+            placement.NAME,
             expert_parallel.NAME,
             recognize_fp8.NAME,
             quantize_weights.NAME,
@@ -104,12 +107,13 @@ def run(
     fp8_head: bool = False,
     fuel: int | None = None,
     ep: tuple[str, int | None] | None = None,
+    book: placement.Book | None = None,
 ) -> Outcome:
     """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``.
 
     With ``fp8``, weights are quantised, the head's too with ``fp8_head``. ``fuel``: see ``commits.py``. ``ep``: a
     group's name and the capacity, see ``expert_parallel.py``; its ExchangeError is raised always, since other ranks
-    would wait."""
+    would wait. ``book``: the slots of placed experts, see ``placement.py``."""
     outcome = Outcome(commits=Commits(fuel))
     observe = observe or (lambda *_: None)
     found: recognize_fp8.Found = []
@@ -124,7 +128,7 @@ def run(
             if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
                 found = _fp8(module, outcome, observe)
             if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
-                _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep)
+                _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep, book)
         provenance.fill(module, outcome.commits)
     except Exception as error:
         if strict or isinstance(error, ExchangeError):
@@ -153,6 +157,7 @@ def _run(
     fp8: str | None,
     fp8_head: bool,
     ep: tuple[str, int | None] | None,
+    book: placement.Book | None,
 ) -> None:
     if any(_differentiates(node) for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="the graph takes gradients, or transforms, in itself"))
@@ -196,6 +201,8 @@ def _run(
         recognize_experts.NAME: experts,
         recognize_router.NAME: routers,
     }
+    if book:
+        passes[placement.NAME] = lambda: placement.run(layers, book, module, training)
     if ep:
         passes[expert_parallel.NAME] = lambda: expert_parallel.run(layers, *ep)
     passes[lower.NAME] = lambda: lower.run([*bound, *layers])
@@ -241,7 +248,8 @@ def _is_anchor(node: fx.Node) -> bool:
 def _is_product(node: fx.Node) -> bool:
     """A product by expert, grouped or batched, the addition of one expert's rows, or a question who chose it."""
     names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
-    compared = called(node) == "eq" and isinstance(node.args[-1], int)  # `idx == e` of a loop over experts
+    # `idx == e` of a loop over experts; Dynamo writes a function or a method, by its version.
+    compared = called(node).strip("_") == "eq" and any(isinstance(arg, int) for arg in node.args)
     return called(node) in names or compared
 
 

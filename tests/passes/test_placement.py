@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from dscompile import report as reports
+from dscompile._entry import ensure_registered
+from dscompile.config import Config
+from dscompile.errors import OptionError
 from dscompile.lowering import inductor
 from dscompile.passes import placement, recognize_experts, recognize_mla
 from dscompile.passes.experts_values import sizes_of
@@ -23,6 +27,7 @@ from tests.passes.toy import randn, stack
 from tests.zoo.experts import Layer, ToyExperts
 
 D, E, X = ToyExperts.D, ToyExperts.E, 3
+ensure_registered()
 PLANS = ([0, 1, 2, 3, 4, 0, 0], [4, 3, 2, 1, 0, 3, 4])
 
 
@@ -96,6 +101,37 @@ def test_plans_change_and_the_graph_stays(inner: str, lengths: bool) -> None:
     assert held.counter.tolist() == expected_load.tolist()
     (site,) = records[0].sites
     assert site.matched and site.decision == "5 experts in 7 slots of 1 rank, 2 of them spare"
+
+
+def test_the_option() -> None:
+    """As a user asks for it, with values that are prepared from weights behind it (gate and up are apart)."""
+    torch._dynamo.reset()
+    model = stack(*[toy(lambda: ToyExperts(Layer(weights="apart")), seed=i) for i in range(2)])()
+    held = {f"layers.{i}": slots(layer, PLANS[0]) for i, layer in enumerate(model.layers)}
+    options = {"placement": Book(held), "inner": "aot_eager", "strict": True}
+    call = torch.compile(model, backend="dsinfra", options=options, fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, plan in enumerate(PLANS):
+            for layer, own in zip(model.layers, held.values(), strict=True):
+                write_plan(own, slots(layer, plan))
+            x = randn(1, 6, D, seed=seed)
+            torch.testing.assert_close(call(x), model(x), rtol=1e-9, atol=1e-11)
+    assert [own.counter.sum().item() for own in held.values()] == [2 * 6 * 2] * 2
+    sites = [site for site in reports.last().sites if site.kind == "placement"]
+    assert [site.module_path for site in sites] == list(held) and all(site.matched for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placement": {}}, "is a dict; it must be a passes.placement.Book"),
+        ({"placement": Book({}), "verify": True}, "options\\['verify'\\] is True and placement is given"),
+        ({"placement": Book({}), "enable": False}, "options\\['enable'\\] is False and placement is given"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Config.of(None, options)
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
