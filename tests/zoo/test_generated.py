@@ -134,6 +134,8 @@ def test_a_lost_refusal_is_seen() -> None:
 def test_a_module_that_fails_itself_is_discarded() -> None:
     with pytest.raises(Discarded, match="shape"):
         compare(changed(result="o.view(7, 7)"))
+    with pytest.raises(Discarded, match="SyntaxError"):
+        compare(changed(result="o if"))
 
 
 def test_an_order_that_torch_leaves_open_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:

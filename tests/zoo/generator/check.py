@@ -62,7 +62,10 @@ class Run:
 
 def compare(program: Program) -> Verdict:
     """Compares one module with eager; raises WrongAnswer, Crash, Broken, or Discarded."""
-    module = program.load()
+    try:
+        module = program.load()
+    except SyntaxError as error:  # of a random edit
+        raise Discarded(f"{type(error).__name__}: {error}") from error
     model, inputs = module.Model(), module.calls()
     try:
         expected = _run(model, model, program, inputs)
