@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     bisect.set_defaults(run=_bisect)
 
     page = commands.add_parser("report", help="make one HTML page of a dump: sites, graphs around each pass, refusals")
-    page.add_argument("directory", type=Path, help='what options={"dump": ...} or DSINFRA_DUMP named')
-    page.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html inside it)")
+    page.add_argument("directory", type=Path, help='what options={"dump": ...} or DSINFRA_DUMP named, or "placement"')
+    page.add_argument("record", type=Path, nargs="?", help='after "placement": the JSON of Rebalancer.record()')
+    page.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: inside or beside it)")
     page.set_defaults(run=_report)
 
     bench = commands.add_parser("bench", help="run one benchmark and keep its rows in bench/results/")
@@ -127,14 +128,21 @@ def _explain(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from dscompile import report_page
+    from dscompile import placement_page, report_page
     from dscompile.errors import ReportError
 
+    broken: Sequence[str] = ()
     try:
-        file, found = report_page.write(parsed.directory, parsed.output)
+        if parsed.record is None:
+            file, found = report_page.write(parsed.directory, parsed.output)
+            broken = found.broken
+        elif str(parsed.directory) == "placement":
+            file = placement_page.write(parsed.record, parsed.output)
+        else:
+            raise UserError(f"report takes one directory, or `placement FILE`; got {parsed.directory} {parsed.record}.")
     except ReportError as error:
         raise UserError(f"{error}.") from error
-    for why in found.broken:
+    for why in broken:
         print(f"left out: {why}", file=sys.stderr)
     print(file)
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dscompile import placement_page
+from dscompile import cli, placement_page
 from dscompile.errors import ReportError
 from dscompile.runtime.movement import ExpertSlots
 from dscompile.runtime.placement import Rebalancer
@@ -88,3 +88,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ReportError, match="is no JSON"):
         placement_page.write(tmp_path / "broken.json")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps(RECORD))
+    assert cli.main(["report", "placement", str(record)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'record.html'}\n" and (tmp_path / "record.html").is_file()
+    assert cli.main(["report", "placement", str(tmp_path / "absent.json")]) == 1
+    assert cli.main(["report", str(tmp_path), str(record)]) == 1
+    assert "report takes one directory, or `placement FILE`" in capsys.readouterr().err
