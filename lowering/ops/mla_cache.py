@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dscompile.kernels import mla_cache
 from dscompile.lowering.errors import NotDifferentiable, PageTableError, ShapeMismatch
 from dscompile.lowering.ops.library import define
 
@@ -21,6 +20,8 @@ PAGE = 64
 
 
 def _check_append(pool: Tensor, latent: Tensor, k_rope: Tensor, rows: Tensor) -> None:
+    from dscompile.kernels import mla_cache
+
     if torch.is_grad_enabled() and (latent.requires_grad or k_rope.requires_grad):
         raise NotDifferentiable(
             f"mla_append_fp8: rows that require grad, latent {list(latent.shape)}",
@@ -43,6 +44,8 @@ def _check_append(pool: Tensor, latent: Tensor, k_rope: Tensor, rows: Tensor) ->
 
 
 def _append(pool: Tensor, latent: Tensor, k_rope: Tensor, rows: Tensor) -> None:
+    from dscompile.kernels import mla_cache
+
     _check_append(pool, latent, k_rope, rows)
     if latent.device.type == "cuda" and mla_cache.append_refusal(latent, k_rope.shape[1]) is None:
         mla_cache.append_fp8(pool, latent, k_rope, rows)
@@ -55,6 +58,8 @@ def _append_fake(pool: Tensor, latent: Tensor, k_rope: Tensor, rows: Tensor) -> 
 
 
 def _check_read(pool: Tensor, page_table: Tensor, latent_width: int, rope_width: int, dtype: torch.dtype) -> None:
+    from dscompile.kernels import mla_cache
+
     width = mla_cache.row_bytes(latent_width, rope_width, dtype)
     if pool.dtype is not torch.uint8 or pool.shape[-1] != width or pool.shape[1] != PAGE or page_table.dim() != 2:
         raise PageTableError(
@@ -69,6 +74,8 @@ def read(
     pool: Tensor, page_table: Tensor, latent_width: int, rope_width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device: -> latent [B, T, C] dequantised, k_rope [B, T, R], T = 64 * max_pages."""
+    from dscompile.kernels import mla_cache
+
     _check_read(pool, page_table, latent_width, rope_width, dtype)
     rows = pool.flatten(2)[page_table].flatten(1, 2)
     latent8, rope, scale = mla_cache.views(rows, latent_width, rope_width, dtype)
