@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,8 @@ def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return found.stdout.strip() + ("+changes" if changed else "") if found.returncode == 0 else "unknown"
+    known = found.stdout.strip() + ("+changes" if changed else "") if found.returncode == 0 else "unknown"
+    return os.environ.get("DSINFRA_COMMIT", known)  # of a checkout without its repository
 
 
 def summary(counts: Counts, number: int, seconds: float) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     ensure_registered()
     counts, start, rounds = Counts(), time.monotonic(), 0
     kinds = [parsed.kind] if parsed.kind else list(KINDS)
+    result = summary(counts, parsed.seed, 0.0)
     while counts.cases < parsed.cases and time.monotonic() - start < 60 * parsed.minutes:
         kind = kinds[rounds % len(kinds)]
         failure = run_round(counts, kind, 1000 * parsed.seed + rounds, min(ROUND, parsed.cases - counts.cases))
@@ -136,8 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
             counts.failures.append(failure)
             print(f"\n{failure}", flush=True)
         print(f"{counts.cases} cases: {dict(counts.outcomes)}", flush=True)
-    result = summary(counts, parsed.seed, time.monotonic() - start)
-    parsed.output.write_text(json.dumps(result, indent=1) + "\n")
+        result = summary(counts, parsed.seed, time.monotonic() - start)
+        parsed.output.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut off loses a round at most
     print(f"{parsed.output}: {json.dumps(result)}")
     return 1 if counts.failures else 0
 
@@ -155,15 +158,17 @@ def _share(parsed: argparse.Namespace) -> int:
             for job, output in enumerate(outputs)
         ]
         statuses = [process.wait() for process in running]
-        found = [json.loads(output.read_text()) for output in outputs]
+        found = [json.loads(output.read_text()) for output in outputs if output.exists()]
+    if not found:
+        raise RuntimeError(f"none of {parsed.jobs} processes finished a round; what they printed says why.")
     result = {**found[0], "seed": parsed.seed, "jobs": parsed.jobs, "seconds": round(time.monotonic() - start, 1)}
     for name in ("cases", "matched", "refused", "no_site", "discarded", *NAMES.values()):
         result[name] = sum(one[name] for one in found)
     refused = sum((Counter(one["refused_by_class"]) for one in found), Counter[str]())
     result["refused_by_class"] = dict(refused.most_common())
     parsed.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{parsed.output}: {json.dumps(result)}")
-    return max(statuses)
+    print(f"{parsed.output}: {json.dumps(result)}; status of each process: {statuses}")
+    return max(map(abs, statuses))  # a process that a signal ended has a negative one
 
 
 if __name__ == "__main__":
