@@ -246,11 +246,13 @@ def _is_anchor(node: fx.Node) -> bool:
 
 
 def _is_product(node: fx.Node) -> bool:
-    """A product by expert, grouped or batched, the addition of one expert's rows, or a question who chose it."""
+    """A product by expert, grouped or batched, weights chosen by row, an expert's rows added, or who chose it."""
     names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
     # `idx == e` of a loop over experts; Dynamo writes a function or a method, by its version.
     compared = called(node).strip("_") == "eq" and any(isinstance(arg, int) for arg in node.args)
-    return called(node) in names or compared
+    by_row = called(node) in ("getitem", "index_select") and isinstance(node.args[-1], fx.Node)
+    chosen = by_row and getattr(node.meta.get("example_value"), "ndim", 0) == 3
+    return called(node) in names or compared or chosen
 
 
 def op_counts(module: fx.GraphModule) -> dict[str, int]:

@@ -34,9 +34,24 @@ from dscompile.passes.refusals import NotAttention, Refusal, SizesDisagree, Unsu
 from dscompile.passes.shadow import Owner, Shadow
 from dscompile.passes.structure import Prover, Slot, Structure
 
+aten = torch.ops.aten
 NAME = "recognize_mla"
 T = TypeVar("T")
 LONGEST = 5000  # symbolic sizes are tried up to about this length
+# What puts values where a condition holds, or passes them on -> the place of the condition among its arguments.
+_FILLS = {
+    aten.where.self: 0,
+    aten.where.ScalarSelf: 0,
+    aten.where.ScalarOther: 0,
+    aten.where.Scalar: 0,
+    aten.masked_fill.Scalar: 1,
+    aten.masked_fill.Tensor: 1,
+    aten.full.default: None,
+    aten.scalar_tensor.default: None,
+    aten.expand.default: None,
+    aten.unsqueeze.default: None,
+    aten._to_copy.default: None,
+}
 
 
 @dataclass
@@ -169,15 +184,28 @@ class Recognizer:
 
 
 def _constants(node: fx.Node) -> int:
-    """The largest number written in the expression of a mask: what it does may change at such a length."""
-    seen, todo, largest = {node}, [node], 0
+    """The largest number that a mask's conditions name: what they say may change at such a length.
+
+    What is filled in where a condition holds, as the least float16, is no length; behind all else numbers count.
+    """
+    todo, seen, largest = [(node, True)], set(), 0
     while todo:
-        one = todo.pop()
+        one, filled = todo.pop()
+        if (one, filled) in seen:
+            continue
+        seen.add((one, filled))
+        if filled and one.target in _FILLS:
+            todo += [(n, n is not _condition(one)) for n in one.all_input_nodes]
+            continue
         numbers = [a for a in (*one.args, *one.kwargs.values()) if isinstance(a, (int, float)) and abs(a) < 2**31]
         largest = max([largest, *(int(abs(n)) for n in numbers)])
-        todo += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(one.all_input_nodes)
+        todo += [(n, False) for n in one.all_input_nodes]
     return largest
+
+
+def _condition(node: fx.Node) -> object:
+    place = _FILLS[node.target]
+    return None if place is None else node.args[place]
 
 
 def _common(a: T, b: T) -> T:

@@ -69,10 +69,13 @@ def check_orders(kernel: str, sass: str, *, quantized: bool) -> None:
 def test_host_and_device_agree_on_what_is_passed() -> None:
     job = exchange_launch._Job
     checks = [f"static_assert(sizeof(Job) == {ctypes.sizeof(job)});"]
-    checks += [
-        f"static_assert(__builtin_offsetof(Job, {name}) == {getattr(job, name).offset});" for name, _ in job._fields_
-    ]
+    for name, kind in job._fields_:
+        checks.append(f"static_assert(sizeof(Job::{name}) == {ctypes.sizeof(kind)});")
+        checks.append(f"static_assert(alignof(decltype(Job::{name})) == {ctypes.alignment(kind)});")
+    names = ", ".join(f".{name} = {{}}" for name, _ in job._fields_)
+    checks.append(f"__device__ Job in_order() {{ return Job{{{names}}}; }}")  # C++20 takes no other order
     sources, options = exchange_launch.program(SPECS["bf16"])
     headers = {name: sources[name] for name in ("exchange.cuh", "peers.cuh", "sm90.cuh")}
     program = {"check.cu": '#include "exchange.cuh"\n' + "\n".join(checks), **headers}
-    nvrtc.compile_with_log(program, ["--gpu-architecture=sm_90a", "--std=c++17", *options])
+    _, log = nvrtc.compile_with_log(program, ["--gpu-architecture=sm_90a", "--std=c++20", *options])
+    assert not log

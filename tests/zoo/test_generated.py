@@ -95,6 +95,43 @@ def test_values_that_were_split_and_joined() -> None:
     assert compare(changed(forward=turned, expect={})).refused == {"RowsDisagree": 1}
 
 
+def test_a_fill_value_is_no_length() -> None:
+    """-65504, float16's least, stands where a symbolic mask hides a key; a condition on that length is refused."""
+    lines = [
+        "row, col = torch.arange(x.shape[1])[:, None], torch.arange(x.shape[1])[None, :]",
+        "mask = torch.full((x.shape[1],) * 2, -65504.0, dtype=work).masked_fill(col <= row, 0)",
+        PLAIN.forward[-1].replace("is_causal=True", "attn_mask=mask"),
+    ]
+    forward = (*PLAIN.forward[:-1], *lines)
+    calls = ("(random(1, B, 6, D),)", "(random(1, B, 10, D),)")
+    narrow = dict(work="float16", lengths=True, calls=calls)
+    assert compare(changed(forward=forward, **narrow)).matched == {"mla": 1}
+    named = tuple(line.replace("col <= row", "col <= row.clamp(max=65504)") for line in forward)
+    assert compare(changed(forward=named, **narrow, expect={})).refused == {"Unsupported": 1}
+
+
+def test_experts_by_product_behind_a_sigmoid() -> None:
+    """Neither softmax nor bmm stands in the module: weights chosen by row are where to begin."""
+    experts = Program(
+        title="experts",
+        constants=("D, W, E, K = 8, 7, 6, 2",),
+        init=("self.w13 = weight(11, E, 2 * W, D)", "self.w2 = weight(12, E, D, W)", "self.gate = weight(13, E, D)"),
+        forward=(
+            "w, idx = torch.topk(F.linear(x, self.gate).sigmoid(), K)",
+            "ids = idx.reshape(-1)",
+            "both = torch.matmul(self.w13[ids], x.repeat_interleave(K, 0)[..., None])[..., 0]",
+            "gate, up = both.chunk(2, -1)",
+            "z = torch.matmul(self.w2[ids], (F.silu(gate) * up)[..., None])[..., 0]",
+            "y = (z.view(-1, K, D) * w.unsqueeze(-1)).sum(1)",
+        ),
+        arguments="x",
+        result="y",
+        calls=("(random(1, 5, D),)",),
+        expect={"experts": True, "route": True},
+    )
+    assert compare(experts).matched == {"experts": 1, "route": 1}
+
+
 def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recognize_mla.Recognizer, "_mask", lambda self, attention: Mask("full"))
     with pytest.raises(WrongAnswer, match="result 0 of call 0 is off by"):

@@ -332,6 +332,10 @@ def _several(w: LayerWriter) -> bool:
     return w.K > 1
 
 
+def _several_rows(w: LayerWriter) -> bool:
+    return w.B * w.S * w.K > 1
+
+
 _CHANGES = {
     "logits": (
         ("logits scaled", "logits = logits * 2", _never),
@@ -339,10 +343,10 @@ _CHANGES = {
         ("logits turned in place", "logits.neg_()", _never),
     ),
     "perm": (
-        ("another permutation", "perm = perm.roll(1)", _always),
+        ("another permutation", "perm = perm.roll(1)", _several_rows),
         ("ids of another row", "ids = ids.roll(1)", _never),
         ("ids moved by one", "ids = (ids + 1) % E", _never),
-        ("an order turned in place", "perm.copy_(perm.flip(0))", _always),
+        ("an order turned in place", "perm.copy_(perm.flip(0))", _several_rows),
     ),
     "ends": (
         ("ends moved", "ends = torch.cat([ends[1:], ends[-1:]])", _always),
@@ -351,7 +355,7 @@ _CHANGES = {
         ("ends changed in place", "ends[0] = 0", _always),
     ),
     "rows": (
-        ("rows of the next token", "rows = rows.roll(1, 0)", _always),
+        ("rows of the next token", "rows = rows.roll(1, 0)", _several_rows),
         ("rows scaled by their weights", "rows = rows * w.reshape(-1, 1)", _always),
         ("rows changed in place", "rows[:1] = 0", _always),
         ("tokens changed behind the gathering", "x.mul_(2)", _never),
@@ -366,7 +370,7 @@ _CHANGES = {
         ("hidden rounded", "h = h.to(torch.float16).to(x.dtype)", _never),
     ),
     "z": (
-        ("results of the next row", "z = z.roll(1, 0)", _always),
+        ("results of the next row", "z = z.roll(1, 0)", _several_rows),
         ("results scaled by row", "z = z * torch.arange(1, z.shape[0] + 1).to(z.dtype)[:, None]", _never),
         ("results dropped", "z = z.masked_fill((torch.arange(z.shape[0]) > 4)[:, None], 0)", _always),
         ("something added", "z = z + 0.1", _always),
