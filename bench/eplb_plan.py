@@ -3,7 +3,8 @@
 Times are those the thread spent computing, which other work on the machine doesn't lengthen.
 
 Loads are drawn: every layer permutes expert popularity by Zipf's law, and 65,536 choices are counted. The table that is
-printed beside the rows compares no placement, EPLB's and `place_experts`: mean and least balancedness over layers.
+printed beside the rows compares no placement, EPLB's and `place_experts`: mean and least balancedness over layers. That
+ours is never the worse is checked, layer by layer, where EPLB puts no expert twice on a GPU, and in the mean.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def _rows(layers: int, repeats: int) -> list[dict[str, Any]]:
         theirs, us = _timed(row.theirs, weight, repeats)
         ours, ours_us = _timed(row.ours, weight, 1)
         check(not has_pair(ours, row.gpus).any().item(), f"{row}: an expert twice on a GPU")
+        _never_worse(row, weight, theirs, ours)
         _print(row, weight, theirs, ours)
         case = f"{layers} layers x {EXPERTS} experts, {row}"
         if row.locality != "primary":  # which EPLB has none of
@@ -117,6 +119,17 @@ def _timed(make: Callable[[Tensor], Tensor], weight: Tensor, repeats: int) -> tu
         make(weight)
         seconds.append(time.thread_time() - start)
     return found, statistics.median(seconds) * 1e6
+
+
+def _never_worse(row: Row, weight: Tensor, theirs: Tensor, ours: Tensor) -> None:
+    """Layer by layer; EPLB may only be the better where it puts an expert twice on a GPU, which we never do."""
+    balance, other = (eplb.balancedness(eplb.gpu_loads(weight, p, row.gpus)) for p in (ours, theirs))
+    worse = balance < other * (1 - 1e-9)
+    alike = worse & ~has_pair(theirs, row.gpus)
+    check(not alike.any().item(), f"{row}: worse than EPLB in {int(alike.sum())} layers")
+    check(balance.mean().item() >= max(row.at_least, other.mean().item() - 1e-9), f"{row}: worse in the mean")
+    if worse.any():
+        print(f"  in {int(worse.sum())} layers of the next line EPLB is better, with an expert twice on a GPU")
 
 
 def _print(row: Row, weight: Tensor, theirs: Tensor, ours: Tensor) -> None:

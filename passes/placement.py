@@ -1,8 +1,7 @@
 """placement: expert layers count what is chosen and find replicas, so that experts can be moved while the model runs.
 
 Before:  y = experts(x, ids, weights, W1 [E,..], W2 [E,..])
-After:   expert_load(ids, counter)
-         y = experts(x, place(ids, log2phy, logcnt), weights, W1 [P,..], W2 [P,..])
+After:   y = experts(x, place_counted(ids, counter, log2phy, logcnt), weights, W1 [P,..], W2 [P,..])
 
 W1 and W2 then hold physical slots: slot p the expert phy2log[p], some experts several times. *Exact*: every slot of an
 expert holds the same weights, and the sum over a token's choices stays in their order. Counter, maps and slots are
@@ -87,6 +86,11 @@ class Book:
     group: str = ""  # the joined group's name, where there are several
     policy: str = "round_robin"
 
+    @classmethod
+    def of(cls, placed: Any, policy: str = "round_robin") -> Book:
+        """The book of a ``runtime.expert_slots.PlacedExperts``."""
+        return cls(placed.layers, placed.ranks, placed.group, policy)
+
 
 def run(layers: Sequence[Written], book: Book, root: fx.GraphModule, training: bool) -> PassRecord:
     """Rewrites every expert layer of the graph ``root`` that the book knows; runs in front of ``expert_parallel``."""
@@ -127,8 +131,8 @@ def _place(layer: Written, site: Site, book: Book, root: fx.GraphModule) -> None
         counter, log2phy, logcnt, *weights = held
         x, ids, weight = node.args[:3]
         total = slots.weights[0].shape[0] * book.ranks
-        e.call(torch.ops.dsinfra.expert_load.default, ids, counter)
-        placed = e.call(torch.ops.dsinfra.place.default, ids, log2phy, logcnt, total, book.ranks, book.policy)
+        rule = total, book.ranks, book.policy
+        placed = e.call(torch.ops.dsinfra.place_counted.default, ids, counter, log2phy, logcnt, *rule)
         if book.ranks > 1:
             weights = [e.call(torch.ops.dsinfra.gather_experts.default, w, book.group, total) for w in weights]
         y = e.call(torch.ops.dsinfra.experts.default, x, placed, weight, *weights, *node.args[5:])

@@ -91,8 +91,9 @@ class ExpertStore:
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 plain = _plain(name)
-                whole = plain in self.weights
-                state[plain] = _gathered(value, self.group, self.weights[plain]) if whole else value
+                path, _, attribute = plain.rpartition(".")
+                spread = plain in self.weights
+                state[plain] = getattr(self.model.get_submodule(path), attribute) if spread else value
         return state
 
     def load(
@@ -153,10 +154,6 @@ class Gathered(nn.Module):
 def _rows(group: Group, experts: int) -> slice:
     local = experts // group.size
     return slice(group.rank * local, (group.rank + 1) * local)
-
-
-def _gathered(own: Tensor, group: Group, experts: int) -> Tensor:
-    return gather_experts(own, group.name, experts)
 
 
 def _plain(name: str) -> str:

@@ -36,7 +36,7 @@ class Slots(Protocol):
     weights: Sequence[Tensor]  # each [n, ..], the rank's slots
     log2phy: Tensor  # [E,X] int64
     logcnt: Tensor  # [E] int64
-    counter: Tensor  # [E] int64, what `expert_load` adds to
+    counter: Tensor  # [E] int64, what `place_counted` adds to
 
 
 @dataclass

@@ -122,7 +122,8 @@ class Rebalancer:
     Args:
         layers: what this rank holds of each.
         phy2log: [L,P], the placement in force, which the maps are set to.
-        group: the ranks; None: this process alone.
+        group: the ranks; None: this process alone. Over NCCL one of their own: transfers run beside steps, and a
+            communicator must not be used twice at once.
         window: readings that a plan looks at. every: steps between two readings. plan_steps: steps between the start of
             a plan and its use; the first rank's thread has so long.
         plan: makes a placement without an expert twice on a rank.

@@ -1,17 +1,19 @@
-"""`dsinfra::expert_load` and `dsinfra::place`: count what the router chose, and name a replica for each choice.
+"""`dsinfra::expert_load`, `place` and `place_counted`: count what the router chose, and name a replica for each choice.
 
-    expert_load   counter[e] += number of entries of topk_idx that are e          (in place, int64, sentinels left out)
-    place         out[t,k] = log2phy[e, r]          e = topk_idx[t,k],          0 <= r < logcnt[e]
+    expert_load     counter[e] += number of entries of topk_idx that are e        (in place, int64, sentinels left out)
+    place           out[t,k] = log2phy[e, r]        e = topk_idx[t,k],            0 <= r < logcnt[e]
+    place_counted   both, which a kernel does in one launch
 
 Physical ids number the slots of all ranks, slot p being on rank p // (slots of a rank). Which replica serves a token:
 
     round_robin   r = t mod logcnt[e]: no state, even over the rows of a batch
-    water_filling loads of slots are levelled within the batch: each expert's rows go to its replicas in shares found on
-                  the device by moving load from its fuller to its emptier GPUs, `_ROUNDS` times over
+    water_filling loads of ranks are levelled within the batch: each expert's rows, in the order of tokens, go to its
+                  replicas in parts found on the device by moving load from fuller to emptier ranks, several times over
 
-Both are deterministic. The maps are device tensors and arguments of the graph: a new plan is copied into them, which
-neither recompiles nor recaptures anything. An id that is no expert stays what it is if it is negative, and becomes the
-first id behind the slots if it is E or more, so that `experts` leaves its row out as before.
+Both are exact in integers, so that kernel and reference agree to the bit on any device. The maps are device tensors
+and arguments of the graph: a new plan is copied into them, which neither recompiles nor recaptures anything. An id
+that is no expert stays what it is if it is negative, and becomes the first id behind the slots if it is E or more, so
+that `experts` leaves its row out as before.
 
 Refused: maps of other shapes or dtypes. Ids have no gradient, and the weights of the choices don't pass here.
 """
@@ -25,13 +27,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dscompile.lowering.errors import OperatorError, ShapeMismatch
+from dscompile.lowering.grouped import concrete, on_cuda
 from dscompile.lowering.ops.library import define
 from dscompile.lowering.ops.row_checks import IDS, check_devices, check_dtype, check_rank, check_shape
-from dscompile.lowering.select import YES, Decision, table
+from dscompile.lowering.select import YES, Decision, no, size, table
 from dscompile.runtime import whole_weights  # noqa: F401  (registers `gather_experts`, by which slots are read)
 
 POLICIES = ("round_robin", "water_filling")
-_ROUNDS = 8
+ROUNDS = 8  # of water filling, in the kernels too
+_UNIT = 16  # parts of a row in which water is filled
 
 
 class PolicyError(OperatorError):
@@ -73,12 +77,26 @@ def check_place(topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int, r
         )
 
 
+def check_place_counted(topk_idx: Tensor, counter: Tensor, log2phy: Tensor, *args: Any) -> None:
+    """Raise what is wrong with the arguments of `place_counted`, if anything is."""
+    check_load(topk_idx, counter)
+    check_place(topk_idx, log2phy, *args)
+    check_shape("place_counted", "counter", counter, (log2phy.shape[0],), "It counts each expert", log2phy=log2phy)
+
+
 def _fake_load(topk_idx: Tensor, counter: Tensor) -> None:
     check_load(topk_idx, counter)
 
 
 def _fake_place(topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int, ranks: int, policy: str) -> Tensor:
     check_place(topk_idx, log2phy, logcnt, slots, ranks, policy)
+    return topk_idx.new_empty(topk_idx.shape)
+
+
+def _fake_place_counted(
+    topk_idx: Tensor, counter: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int, ranks: int, policy: str
+) -> Tensor:
+    check_place_counted(topk_idx, counter, log2phy, logcnt, slots, ranks, policy)
     return topk_idx.new_empty(topk_idx.shape)
 
 
@@ -108,38 +126,45 @@ def place_reference(topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, slots: in
     return torch.where(valid, placed, torch.where(ids < 0, ids, slots)).to(topk_idx.dtype)
 
 
+def place_counted_reference(topk_idx: Tensor, counter: Tensor, *args: Any) -> Tensor:
+    """The two above."""
+    load_reference(topk_idx, counter)
+    return place_reference(topk_idx, *args)
+
+
 def _water_filled(expert: Tensor, valid: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int, ranks: int) -> Tensor:
     """Replica of each choice [T,K], so that ranks have about equally many rows.
 
-    Shares of an expert's rows among its replicas start even; in each round every expert moves its shares towards the
-    level at which its GPUs, without it, would be filled evenly, halfway, since others move at the same time.
+    An expert's rows start in even parts; in each round all experts move their parts halfway to the level at which their
+    ranks, without them, would be filled evenly: halfway, since the others move at the same time.
     """
     (E, X), device = log2phy.shape, expert.device
     has = torch.arange(X, device=device) < logcnt.unsqueeze(1)  # [E,X]
     rank = log2phy.clamp(min=0) // (slots // ranks)
-    rows = torch.zeros(E, device=device).scatter_add_(0, expert.flatten(), valid.flatten().float())
-    share = has / logcnt.unsqueeze(1)
-    for _ in range(_ROUNDS):
-        part = share * rows.unsqueeze(1)
-        load = torch.zeros(ranks, device=device).scatter_add_(0, rank.flatten(), part.flatten())
-        others = (load[rank] - part).masked_fill(~has, torch.inf)
-        share = (share + _filled(others, has, rows)) / 2
-    ends = (share.cumsum(1) * rows.unsqueeze(1)).round()
-    return _ordinal(expert, valid, E).unsqueeze(-1).ge(ends[expert]).sum(-1).clamp(max=logcnt[expert] - 1)
+    units = torch.zeros(E, dtype=torch.int64, device=device)
+    units = units.scatter_add_(0, expert.flatten(), valid.flatten().long() * _UNIT).unsqueeze(1)
+    shared = logcnt.clamp(min=1).unsqueeze(1)
+    part = units // shared + (torch.arange(X, device=device) < units % shared)
+    part = part.masked_fill(~has, 0)
+    for _ in range(ROUNDS):
+        load = torch.zeros(ranks, dtype=torch.int64, device=device).scatter_add_(0, rank.flatten(), part.flatten())
+        part = (part + _poured(load[rank] - part, has, units)) // 2
+    ends = (part.cumsum(1) + _UNIT // 2) // _UNIT
+    return _ordinal(expert, valid, E).unsqueeze(-1).ge(ends[expert]).sum(-1).minimum(logcnt[expert] - 1)
 
 
-def _filled(others: Tensor, has: Tensor, rows: Tensor) -> Tensor:
-    """Shares [E,X] that level `others` [E,X] when each row of it gets `rows` [E]; even where there are none."""
-    low, order = others.sort(dim=1)
+def _poured(others: Tensor, has: Tensor, units: Tensor) -> Tensor:
+    """What each place gets [E,X] when `units` [E,1] are poured on the levels `others` [E,X], rounded down.
+
+    The surface is the least mean of the units and the j lowest levels, for any j.
+    """
+    most = torch.iinfo(torch.int64).max
+    low = others.masked_fill(~has, most).sort(dim=1).values
     number = torch.arange(1, low.shape[1] + 1, device=low.device)
-    level = (rows.unsqueeze(1) + low.cumsum(1)) / number  # if the `number` lowest are filled
-    level = torch.where(low.isinf() | (level < low), -torch.inf, level)
-    used = (level > -torch.inf).sum(1, keepdim=True).clamp(min=1)
-    surface = level.gather(1, used - 1)
-    poured = (surface - others).clamp(min=0)
-    even = has / has.sum(1, keepdim=True)
-    total = rows.unsqueeze(1)
-    return torch.where((total > 0) & surface.isfinite(), poured / total.clamp(min=1), even)
+    counted = low < most
+    means = (units + low.masked_fill(~counted, 0).cumsum(1)) // number
+    surface = means.masked_fill(~counted, most).amin(1, keepdim=True)
+    return (surface - others).clamp(min=0).masked_fill(~has, 0)
 
 
 def _ordinal(expert: Tensor, valid: Tensor, E: int) -> Tensor:
@@ -165,25 +190,81 @@ def _place_kernel(topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int,
     return table("place").run(topk_idx, log2phy, logcnt, slots, ranks, policy)
 
 
+def _place_counted_kernel(topk_idx: Tensor, counter: Tensor, *args: Any) -> Tensor:
+    check_place_counted(topk_idx, counter, *args)
+    return table("place_counted").run(topk_idx, counter, *args)
+
+
 def _supports_everything(*_: Any) -> Decision:
     return YES
 
 
+def _supports_load(topk_idx: Tensor, counter: Tensor) -> Decision:
+    if not counter.is_contiguous():
+        return no("the counter isn't contiguous, and is written in place")
+    return _asked(topk_idx, size(counter.shape[0]))
+
+
+def _supports_place(topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, slots: int, ranks: int, policy: str) -> Decision:
+    return _asked(topk_idx, size(log2phy.shape[0]), size(log2phy.shape[1]), slots, ranks, policy)
+
+
+def _supports_place_counted(topk_idx: Tensor, counter: Tensor, *args: Any) -> Decision:
+    if not counter.is_contiguous():
+        return no("the counter isn't contiguous, and is written in place")
+    return _supports_place(topk_idx, *args)
+
+
+def _asked(topk_idx: Tensor, *args: Any) -> Decision:
+    present = on_cuda(topk_idx)
+    if not present:
+        return present
+    from dscompile.kernels import place
+
+    refusal = place.refusal(concrete(topk_idx), *args)
+    return no(refusal) if refusal else YES
+
+
+def _load(topk_idx: Tensor, counter: Tensor) -> None:
+    from dscompile.kernels import place
+
+    place.load(topk_idx, counter)
+
+
+def _place(topk_idx: Tensor, *args: Any) -> Tensor:
+    from dscompile.kernels import place
+
+    return place.place(topk_idx, *args)
+
+
+def _place_counted(topk_idx: Tensor, counter: Tensor, log2phy: Tensor, logcnt: Tensor, *rule: Any) -> Tensor:
+    from dscompile.kernels import place
+
+    slots, ranks, policy = rule
+    return place.place(topk_idx, log2phy, logcnt, slots, ranks, policy, counter)
+
+
+_MAPS = "Tensor log2phy, Tensor logcnt, int slots, int ranks, str policy"
 define(
     "expert_load", "(Tensor topk_idx, Tensor(a!) counter) -> ()", kernel=_load_kernel, fake=_fake_load, autocast=False
 )
+define("place", f"(Tensor topk_idx, {_MAPS}) -> Tensor", kernel=_place_kernel, fake=_fake_place, autocast=False)
 define(
-    "place",
-    "(Tensor topk_idx, Tensor log2phy, Tensor logcnt, int slots, int ranks, str policy) -> Tensor",
-    kernel=_place_kernel,
-    fake=_fake_place,
+    "place_counted",
+    f"(Tensor topk_idx, Tensor(a!) counter, {_MAPS}) -> Tensor",
+    kernel=_place_counted_kernel,
+    fake=_fake_place_counted,
     autocast=False,
 )
+table("expert_load").register("kernel", _supports_load, _load)
 table("expert_load").register("reference", _supports_everything, load_reference)
+table("place").register("kernel", _supports_place, _place)
 table("place").register("reference", _supports_everything, place_reference)
+table("place_counted").register("kernel", _supports_place_counted, _place_counted)
+table("place_counted").register("reference", _supports_everything, place_counted_reference)
 
 
-@register_flop_formula([torch.ops.dsinfra.expert_load, torch.ops.dsinfra.place])
+@register_flop_formula([torch.ops.dsinfra.expert_load, torch.ops.dsinfra.place, torch.ops.dsinfra.place_counted])
 def placement_flops(*_: Any, **__: Any) -> int:
     """Integers aren't counted."""
     return 0

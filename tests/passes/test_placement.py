@@ -97,7 +97,7 @@ def test_plans_change_and_the_graph_stays(inner: str, lengths: bool) -> None:
             torch.testing.assert_close(call(x), layer(x), rtol=1e-9, atol=1e-11)
             expected_load += torch.tensor(counted(layer, x))
     assert len(graphs) == 1, "one graph serves every plan"
-    assert calls(graphs[0]) == ["expert_load", "place", "experts"]
+    assert calls(graphs[0]) == ["place_counted", "experts"]
     assert held.counter.tolist() == expected_load.tolist()
     (site,) = records[0].sites
     assert site.matched and site.decision == "5 experts in 7 slots of 1 rank, 2 of them spare"
@@ -144,7 +144,7 @@ def test_occurrences(number: int) -> None:
     with torch.no_grad():
         torch.testing.assert_close(call(x), model(x), rtol=1e-9, atol=1e-11)
     assert sum(record.matched for record in records) == number
-    assert [name for g in graphs for name in calls(g)] == ["expert_load", "place", "experts"] * number
+    assert [name for g in graphs for name in calls(g)] == ["place_counted", "experts"] * number
 
 
 def test_the_graph_really_reads_the_slots() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dscompile.lowering.ops.placement as placement_ops
 from bench.eplb_plan import zipf
+from dscompile.kernels import place as kernel
 from dscompile.lowering.errors import DtypeMismatch, ShapeMismatch
 from dscompile.runtime import eplb
 from dscompile.runtime.eplb_search import place_experts
@@ -112,7 +113,22 @@ def test_one_graph_for_every_plan() -> None:
 def test_registrations_agree(policy: str) -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.place.default, (ids(), *maps(), SLOTS, RANKS, policy), test_utils=tests)
-    torch.library.opcheck(ops.expert_load.default, (ids(), torch.zeros(E, dtype=torch.int64)), test_utils=tests)
+    counter = torch.zeros(E, dtype=torch.int64)
+    torch.library.opcheck(ops.expert_load.default, (ids(), counter), test_utils=tests)
+    torch.library.opcheck(ops.place_counted.default, (ids(), counter, *maps(), SLOTS, RANKS, policy), test_utils=tests)
+
+
+@pytest.mark.parametrize("policy", placement_ops.POLICIES)
+def test_both_at_once(policy: str) -> None:
+    counters = torch.zeros(2, E, dtype=torch.int64)
+    placed = ops.place_counted(ids(), counters[0], *maps(), SLOTS, RANKS, policy)
+    ops.expert_load(ids(), counters[1])
+    assert torch.equal(placed, ops.place(ids(), *maps(), SLOTS, RANKS, policy))
+    assert torch.equal(*counters) and counters.sum() == 2 * T * K
+
+
+def test_the_kernels_go_by_the_same_numbers() -> None:
+    assert (kernel.POLICIES, kernel.ROUNDS) == (placement_ops.POLICIES, placement_ops.ROUNDS)
 
 
 WRONG = {
@@ -122,6 +138,11 @@ WRONG = {
     "policy": (lambda i, a, b: ops.place(i, a, b, SLOTS, RANKS, "random"), placement_ops.PolicyError, "'random'"),
     "ranks": (lambda i, a, b: ops.place(i, a, b, SLOTS, 5, "round_robin"), placement_ops.PolicyError, "24 slots on 5"),
     "slots": (lambda i, a, b: ops.place(i, a, b, 12, RANKS, "round_robin"), ShapeMismatch, "12 slots for log2phy"),
+    "experts": (
+        lambda i, a, b: ops.place_counted(i, torch.zeros(E + 1).long(), a, b, SLOTS, RANKS, "round_robin"),
+        ShapeMismatch,
+        "place_counted: counter",
+    ),
     "counter": (lambda i, a, b: ops.expert_load(i, torch.zeros(E)), DtypeMismatch, "counter"),
 }
 

@@ -31,15 +31,6 @@ def test_outputs_stay_while_experts_move(four: Ranks, slots: int) -> None:
     assert first["after"] > first["before"] + 0.05
 
 
-def test_a_compiled_model_goes_on_while_its_experts_move(four: Ranks) -> None:
-    for found in four.run(checks.compiled_model):
-        assert found["worst"] < 1e-12
-        assert found["graphs"] == 1, "a plan compiles nothing"
-        assert found["moves"] >= 2 and found["under_way"] >= 2
-        order = ["expert_load", "place", "gather_experts", "gather_experts", "dispatch_start", "dispatch_wait"]
-        assert found["operators"] == [*order, "experts", "combine_start", "combine_wait"]
-
-
 def test_a_rank_without_memory_keeps_all_at_the_old_placement(four: Ranks) -> None:
     messages = four.run(checks.fails_on_one_rank)
     assert "rank 1 of 4 could not set memory aside (out of memory)" in messages[1]
