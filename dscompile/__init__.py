@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 _FOLDERS = ("kernels", "lowering", "passes", "runtime")
 
 # Public name -> the module that defines it, loaded at first use.
-_LAZY = {"explain": "dscompile.report"}
+_LAZY = {"explain": "dscompile.report", "pipeline_stages": "dscompile.pipeline"}
 
-__all__ = ["__version__", "explain", "refuse_bare_names"]
+__all__ = ["__version__", "explain", "pipeline_stages", "refuse_bare_names"]
 
 
 def refuse_bare_names() -> None:
