@@ -6,18 +6,17 @@ the dequantised cache before it is timed.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from bench import results, table
+from bench import mla_side
+from bench.mla_side import values
 from bench.timing import buffer_sets, graph_us, warm_up
 from dscompile.kernels.mla_cache import append_fp8_plain, views
 from dscompile.kernels.mla_decode import PAGE, mla_decode
-from tests.kernels.mla_decode_cases import SCALE, expected, problems
+from tests.kernels.mla_decode_cases import SCALE
 
 GPUS = 1
 _ANCHOR = "bfloat16 cache, same run"
@@ -28,7 +27,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """Rows of every case; quick keeps batch 128 at length 4096."""
     cases = [case for case in _CASES if not quick or (case[0], case[3]) == (128, 4096)]
     pages = max(b * n for b, _, _, n in cases) // PAGE
-    cache = (torch.randn(pages, PAGE, 576, device="cuda", dtype=torch.bfloat16) / 10).clamp_(-1, 1)
+    cache = values(pages, PAGE, 576)
     pool = torch.empty(pages, PAGE, 656, device="cuda", dtype=torch.uint8)
     for some in torch.arange(pages * PAGE, device="cuda").split(1 << 18):
         rows = cache.flatten(0, 1)[some]
@@ -53,12 +52,12 @@ def _time(case: tuple[int, int, int, int], cache: tuple) -> float:
     latent, k_rope, scales = cache
     pages, calls = seqlen // PAGE, []
     for _ in range(buffer_sets(batch * seqlen * 656)):
-        q_latent, q_rope = (torch.randn(batch, s_q, heads, w, device="cuda").bfloat16() / 10 for w in (512, 64))
+        q_latent, q_rope = values(batch, s_q, heads, 512), values(batch, s_q, heads, 64)
         seqlens = torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
         page_table = torch.randperm(len(latent), device="cuda")[: batch * pages].view(batch, pages).int()
         args = (q_latent, q_rope, latent, k_rope, seqlens, None, page_table, SCALE, True, scales)
         if not calls:
-            _check(args, str(case))
+            mla_side.check(args, str(case), (0, batch - 1), impl=_impl(scales))
         calls.append(lambda args=args: mla_decode(*args, impl=_impl(scales)))
     return graph_us(calls, budget_ms=30.0)
 
@@ -68,34 +67,9 @@ def _impl(scales: torch.Tensor | None) -> str:
     return "gluon" if scales is None else "triton"
 
 
-def _check(args: tuple, what: str) -> None:
-    q_latent, q_rope, latent, k_rope, seqlens, _, page_table, scale, causal, scales = args
-    o, lse = mla_decode(*args, impl=_impl(scales))
-    results.check(bool(o.isfinite().all() and lse.isfinite().all()), f"{what}: finite outputs")
-    for b in (0, len(seqlens) - 1):
-        one, pages = slice(b, b + 1), page_table[b].long()
-        wide = latent[pages].double()
-        if scales is not None:
-            wide = wide * scales[pages].double().repeat_interleave(128, -1)
-        table_b = torch.arange(len(pages), device="cuda", dtype=torch.int32)[None]
-        part = q_latent[one], q_rope[one], wide, k_rope[pages], seqlens[one], None, table_b, scale, causal
-        wrong = problems((o[one], lse[one]), expected(part))
-        results.check(not wrong, f"{what}: {'; '.join(wrong)}")
-
-
-def main() -> None:
-    """`python -m bench.mla_decode_fp8`: the table, and with `--json` the rows in a file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.mla_decode_fp8", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="batch 128 at length 4096 only")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    arguments = parser.parse_args()
-    with results.checked("mla_decode_fp8"):
-        rows = results.stamp("mla_decode_fp8", run(quick=arguments.quick))
-    print(f"{rows[0]['card']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, commit {rows[0]['commit']}")
-    print(table.plain(rows))
-    if arguments.json:
-        arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+def _group(row: Mapping[str, Any]) -> str:
+    return str(row["case"].split(", ")[1])
 
 
 if __name__ == "__main__":
-    main()
+    mla_side.command("mla_decode_fp8", __doc__, run, _group)

@@ -7,6 +7,8 @@ is left as it is: it carries positions, and is a ninth of the columns.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from dscompile.kernels import launch
@@ -37,6 +39,24 @@ def row_bytes(latent_width: int, rope_width: int, rope_dtype: torch.dtype) -> in
     return latent_width + 4 * groups_of(latent_width) + rope_width * rope_dtype.itemsize
 
 
+class Columns(NamedTuple):
+    """A part of a row: columns start .. stop - 1 of the row seen in `dtype`."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+def columns(latent_width: int, rope_width: int, rope_dtype: torch.dtype) -> tuple[Columns, Columns, Columns]:
+    """Where latent, k_rope and scales lie in a row, as `views` returns them."""
+    first, size = latent_width + 4 * groups_of(latent_width), rope_dtype.itemsize
+    return (
+        Columns(torch.float8_e4m3fn, 0, latent_width),
+        Columns(rope_dtype, first // size, first // size + rope_width),
+        Columns(torch.float32, latent_width // 4, first // 4),
+    )
+
+
 def views(
     pool: torch.Tensor, latent_width: int, rope_width: int, rope_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,16 +65,16 @@ def views(
     Raises:
         BadArguments: the pool isn't bytes, or its rows have another length.
     """
-    groups = groups_of(latent_width)
     width = row_bytes(latent_width, rope_width, rope_dtype)
     if pool.dtype != torch.uint8 or pool.shape[-1] != width or width % 4:
         raise BadArguments(
             f"The pool is {pool.dtype} {tuple(pool.shape)}. {latent_width} latent and {rope_width} rope columns in "
             f"{rope_dtype} take {width} bytes a row, a multiple of 4. Pass uint8 [.., {width}]."
         )
-    first, size = latent_width + 4 * groups, rope_dtype.itemsize
-    scales = pool.view(torch.float32)[..., latent_width // 4 : first // 4]
-    return pool.view(torch.float8_e4m3fn)[..., :latent_width], pool.view(rope_dtype)[..., first // size :], scales
+    latent, k_rope, scale = (
+        pool.view(part.dtype)[..., part.start : part.stop] for part in columns(latent_width, rope_width, rope_dtype)
+    )
+    return latent, k_rope, scale
 
 
 def quantize(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

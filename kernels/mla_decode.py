@@ -71,6 +71,7 @@ def mla_decode(
             Requests of one tensor (a static cache: they are equally long), few ones and more than 2048 get equal
             parts, as many as `pick_splits` says by the capacity.
         batch_invariant: a request's bits depend on its own data, on the capacity, and on nothing else of the batch.
+            Requests are cut by the capacity alone; those with more than 2048 pieces in all take several launches.
 
     A row that sees no key gives o = 0 and lse = -inf.
 
@@ -134,10 +135,14 @@ def mla_decode_unchecked(
         mask = mask.view(torch.uint8).expand(requests, s_q, capacity)
     deal = None
     if splits is None:
-        tiles = -(-rows // tile_rows(impl, rows, latent.dtype))
+        tiles = -(-rows // tile_rows(impl, rows, latent))
         programs = launch.sm_count(device) * (1 if impl == "gluon" else 2)  # as many as run at a time
         deal = mla_schedule.deal(requests, rows, tiles, capacity, programs, batch_invariant)
         alike = page_table is None or requests <= FEW_REQUESTS
+        if batch_invariant and deal.items > MAX_PLANNED:
+            step, cache = MAX_PLANNED // deal.pieces, (latent, k_rope, latent_scale)
+            queries, options = (q_latent, q_rope), (scale, causal, impl)
+            return _in_groups(step, queries, cache, seqlens, mask, page_table, options)
         if (alike or deal.items > MAX_PLANNED) and not batch_invariant:
             deal = None
             most = max(4, PART_ROWS // (requests * rows))
@@ -160,6 +165,40 @@ def mla_decode_unchecked(
         if outputs.o_part is not None:
             launch_combine(outputs, work)
     return o, lse
+
+
+def _in_groups(
+    step: int,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    options: tuple[float, bool, str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`step` requests at a time, where more have more pieces than a program can weigh; each one's are the same."""
+    scale, causal, impl = options
+    found = []
+    for first in range(0, len(seqlens), step):
+        some = slice(first, first + step)
+        own = page_table is None  # then requests hold rows of their own
+        latent, k_rope, latent_scale = (x[some] if own and x is not None else x for x in cache)
+        found.append(
+            mla_decode_unchecked(
+                *(q[some] for q in queries),
+                latent,  # type: ignore[arg-type]
+                k_rope,  # type: ignore[arg-type]
+                seqlens[some],
+                None if mask is None else mask[some],
+                None if page_table is None else page_table[some],
+                scale,
+                causal,
+                latent_scale,
+                impl=impl,
+                batch_invariant=True,
+            )
+        )
+    return torch.cat([o for o, _ in found]), torch.cat([lse for _, lse in found])
 
 
 @functools.cache
@@ -240,11 +279,14 @@ def triton_refusal(
             "(Triton's interpreter gets bfloat16 wrong without a word). Convert to one of these."
         )
     widths = q_latent.shape[-1], q_rope.shape[-1]
-    if any(w < 16 or w & (w - 1) for w in widths) or widths[0] > 512:
+    most = (512, 128) if widths[0] <= 512 or q_latent.dtype == torch.float32 else (1024, 64)
+    if not 0 < widths[0] <= most[0] or widths[1] > most[1]:
         return (
-            f"Latent and rope are {widths} wide. The kernel's tiles are powers of two, from 16 on, the latent's up "
-            "to 512. Pad with zeros, which changes no score."
+            f"Latent and rope are {widths} wide in {q_latent.dtype}. A program holds whole rows: up to 512 and 128 "
+            "columns, or 1024 and 64 in 16 bits. There is no kernel for wider ones."
         )
+    if latent_scale is not None and (group := widths[0] // latent_scale.shape[-1]) & (group - 1):
+        return f"A scale belongs to {group} columns. The kernel's tiles are powers of two. Use groups of 128."
     capability = launch.capability(q_latent.device)
     if latent_scale is not None and not launch.interpreting() and (capability or (0, 0)) < (8, 9):
         return (

@@ -11,18 +11,26 @@ from typing import Any
 
 import torch
 
-from dscompile.kernels.launch import capability, interpreting, start
+from dscompile.kernels.launch import capability, interpreting, sm_count, start
 from dscompile.kernels.mla_schedule import Deal
 
+COMBINE_PROGRAMS = 4  # of the second kernel on an SM, where the lengths decide which requests it joins
 
-def tile_rows(impl: str, rows: int, dtype: torch.dtype) -> int:
-    """Query rows of one program, for a latent of that dtype.
+
+def tile_rows(impl: str, rows: int, latent: torch.Tensor) -> int:
+    """Query rows of one program.
 
     Plain Triton's, with the keys of a step, must fit the 99 KB of consumer GPUs.
     """
     if impl == "gluon":
         return 64
-    return 16 if rows <= 16 or dtype in (torch.float32, torch.float8_e4m3fn) else 32
+    small = latent.dtype in (torch.float32, torch.float8_e4m3fn) or latent.shape[-1] > 512
+    return 16 if rows <= 16 or small else 32
+
+
+def padded(width: int) -> int:
+    """Columns of plain Triton's tile for so many: a power of two that its products take, or none."""
+    return max(16, 1 << (width - 1).bit_length()) if width else 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,8 @@ def launch_triton(
 
     requests, s_q, heads, width = q_latent.shape
     rows = s_q * heads
-    tile = tile_rows("triton", rows, latent.dtype)
+    tile = tile_rows("triton", rows, latent)
+    wide, odd = width > 512, padded(width) != width
     tiles = -(-rows // tile)
     start(
         mla_decode_triton_kernel,
@@ -144,15 +153,17 @@ def launch_triton(
         *_pieces(work),
         C=width,
         R=q_rope.shape[-1],
+        C_TILE=padded(width),
+        R_TILE=padded(q_rope.shape[-1]),
         GROUP=0 if latent_scale is None else width // latent_scale.shape[-1],
         TILE=tile,
-        KEYS=16 if q_latent.dtype == torch.float32 or latent_scale is not None else 32,
+        KEYS=16 if q_latent.dtype == torch.float32 or latent_scale is not None or wide or odd else 32,
         PAGED=page_table is not None,
         HAS_MASK=mask is not None,
         PLANNED=work.deal is not None,
         LANES=_lanes(work),
-        num_warps=8 if latent_scale is not None else tile // 4,
-        num_stages=2,
+        num_warps=8 if latent_scale is not None or wide else tile // 4,
+        num_stages=1 if wide else 2,
     )
 
 
@@ -167,18 +178,22 @@ def launch_combine(outputs: Outputs, work: Work) -> None:
     if work.deal is not None and work.deal.pieces > 1:
         expected = 0  # one form for all batches: its bits depend on it
     # Slots at once, rows and columns of a program: many slots come with few rows, and need many programs each.
-    chunk, block, columns = (2, 4, width) if expected <= 4 else (8, 1, width) if expected <= 16 else (32, 1, 128)
-    columns = min(columns, width)
+    chunk, block, columns = (2, 4, 512) if expected <= 4 else (8, 1, 512) if expected <= 16 else (32, 1, 128)
+    columns = min(columns, 1 << (width - 1).bit_length())
     hopper = (capability(o.device) or (0, 0)) >= (9, 0) and not interpreting()
     requests = o.shape[0]
+    units = requests * -(-rows // block)
+    if slots is not None:  # shared out among programs that all run at a time: most requests may not have been cut
+        units = min(units, COMBINE_PROGRAMS * sm_count(o.device))
     start(
         combine_splits_kernel,
-        (requests * -(-rows // block), width // columns),
+        (units, -(-width // columns)),
         o_part,
         lse_part,
         o,
         lse,
         lse if slots is None else slots,
+        requests,
         rows,
         work.splits,
         C=width,
@@ -186,6 +201,7 @@ def launch_combine(outputs: Outputs, work: Work) -> None:
         ROWS=block,
         COLUMNS=columns,
         PLANNED=slots is not None,
+        LANES=_lanes(work),
         PDL=hopper,
         num_warps=4,
         **({"launch_pdl": True} if hopper else {}),

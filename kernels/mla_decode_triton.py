@@ -5,10 +5,12 @@ instead of tensor maps, so that neither alignment nor Hopper is asked for. A pro
 and of each of its segments KEYS keys at a time; keys at or behind the length are not read at all. Meant to be right
 everywhere and good enough on GPUs without the fast kernel.
 
-Over a float8 cache GROUP columns share a scale, as in `mla_decode_fp8_gluon`; 0 where the cache is in q's dtype.
+Over a float8 cache GROUP columns share a scale; 0 where the cache is in q's dtype.
 
-Limits: widths that are powers of two from 16 on, the latent's at most 512; float32, float16 or bfloat16; in the
-interpreter not bfloat16, which Triton computes wrongly there without a word.
+Any widths: tiles are as wide as the next power of two, C_TILE and R_TILE, with zeros behind the columns. R may be 0.
+
+Limits: widths up to 512 and 128, or 1024 and 64 in 16 bits; float32, float16 or bfloat16; in the interpreter not
+bfloat16, which Triton computes wrongly there without a word.
 """
 
 import triton
@@ -18,12 +20,14 @@ from dscompile.kernels.mla_schedule_device import choose, start_of, weigh
 
 
 @triton.jit
-def _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2):
+def _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2, HAS_ROPE: tl.constexpr):
     """One step of the running softmax: q [TILE, C], k [KEYS, C], visible [TILE, KEYS], m and l [TILE], acc [TILE, C].
 
     A row that has seen no key so far has m = -inf; its exponents are taken against 0, where -inf - -inf would be NaN.
     """
-    s = tl.dot(q_rope, tl.trans(k_rope), tl.dot(q, tl.trans(k), input_precision="ieee"), input_precision="ieee")
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_ROPE:
+        s = tl.dot(q_rope, tl.trans(k_rope), s, input_precision="ieee")
     s = tl.where(visible, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     base = tl.where(m_new == -float("inf"), 0.0, m_new * scale_log2)
@@ -32,6 +36,14 @@ def _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2):
     l = l * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(k.dtype), k, acc * alpha[:, None], input_precision="ieee")
     return m_new, l, acc
+
+
+@triton.jit
+def _within(mask, column, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """A mask of rows [.., 1], and of columns where the tile is wider than the tensor; its zeros change no score."""
+    if WIDTH < TILE:
+        mask = mask & (column < WIDTH)[None, :]
+    return mask
 
 
 @triton.jit
@@ -128,6 +140,8 @@ def mla_decode_triton_kernel(
     piece_pages,
     C: tl.constexpr,
     R: tl.constexpr,
+    C_TILE: tl.constexpr,
+    R_TILE: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -146,8 +160,7 @@ def mla_decode_triton_kernel(
     row = tile * TILE + tl.arange(0, TILE)
     query = tl.minimum(row // heads, s_q - 1)
     head = row % heads
-    c = tl.arange(0, C)
-    r = tl.arange(0, R)
+    c = tl.arange(0, C_TILE)
     for n in range(items):
         item = item_0 + n
         request = (item // pieces).to(tl.int64)
@@ -161,13 +174,18 @@ def mla_decode_triton_kernel(
 
         limit = length - causal * (s_q - 1 - query)  # keys that a row may see
         q_row = request * q_stride_b + query.to(tl.int64) * q_stride_s + head.to(tl.int64) * q_stride_h
-        q = tl.load(q_ptr + q_row[:, None] + c[None, :], mask=(row < rows)[:, None], other=0.0)
-        q_row = request * q_rope_stride_b + query.to(tl.int64) * q_rope_stride_s + head.to(tl.int64) * q_rope_stride_h
-        q_rope = tl.load(q_rope_ptr + q_row[:, None] + r[None, :], mask=(row < rows)[:, None], other=0.0)
+        q = tl.load(q_ptr + q_row[:, None] + c[None, :], mask=_within((row < rows)[:, None], c, C, C_TILE), other=0.0)
+        q_rope = q
+        if R > 0:
+            r = tl.arange(0, R_TILE)
+            q_row = request * q_rope_stride_b + query.to(tl.int64) * q_rope_stride_s
+            q_row += head.to(tl.int64) * q_rope_stride_h
+            asked = _within((row < rows)[:, None], r, R, R_TILE)
+            q_rope = tl.load(q_rope_ptr + q_row[:, None] + r[None, :], mask=asked, other=0.0)
 
         m = tl.full((TILE,), -float("inf"), tl.float32)
         l = tl.zeros((TILE,), tl.float32)
-        acc = tl.zeros((TILE, C), tl.float32)
+        acc = tl.zeros((TILE, C_TILE), tl.float32)
         for start_key in range(first * 64, end * 64, KEYS):
             key = start_key + tl.arange(0, KEYS)
             if PAGED:
@@ -177,21 +195,28 @@ def mla_decode_triton_kernel(
                 block = request
                 place = key.to(tl.int64)
             held = (key < length)[:, None]
-            k = tl.load(k_ptr + (block * k_stride_b + place * k_stride_t)[:, None] + c[None, :], mask=held, other=0.0)
+            k_row = block * k_stride_b + place * k_stride_t
+            k = tl.load(k_ptr + k_row[:, None] + c[None, :], mask=_within(held, c, C, C_TILE), other=0.0)
             if GROUP > 0:
+                GROUPS: tl.constexpr = C_TILE // GROUP
                 k_row = block * scale_stride_b + place * scale_stride_t
-                group = tl.arange(0, C // GROUP)
-                scales = tl.load(scale_ptr + k_row[:, None] + group[None, :], mask=held, other=0.0)
-                k = tl.reshape(k.to(tl.float32), (KEYS, C // GROUP, GROUP)) * scales[:, :, None]
-                k = tl.reshape(k, (KEYS, C)).to(q.dtype)
-            k_row = block * k_rope_stride_b + place * k_rope_stride_t
-            k_rope = tl.load(k_rope_ptr + k_row[:, None] + r[None, :], mask=held, other=0.0)
+                group = tl.arange(0, GROUPS)
+                scaled = _within(held, group, C // GROUP, GROUPS)
+                scales = tl.load(scale_ptr + k_row[:, None] + group[None, :], mask=scaled, other=0.0)
+                k = tl.reshape(k.to(tl.float32), (KEYS, GROUPS, GROUP)) * scales[:, :, None]
+                k = tl.reshape(k, (KEYS, C_TILE)).to(q.dtype)
+            k_rope = k
+            if R > 0:
+                r = tl.arange(0, R_TILE)
+                k_row = block * k_rope_stride_b + place * k_rope_stride_t
+                turned = _within(held, r, R, R_TILE)
+                k_rope = tl.load(k_rope_ptr + k_row[:, None] + r[None, :], mask=turned, other=0.0)
             visible = key[None, :] < limit[:, None]
             if HAS_MASK:
                 mask_row = mask_ptr + request * mask_stride_b + query.to(tl.int64) * mask_stride_s
                 mask_column = key.to(tl.int64) * mask_stride_t
                 visible = tl.load(mask_row[:, None] + mask_column[None, :], mask=visible, other=0) != 0
-            m, l, acc = _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2)
+            m, l, acc = _attend(q, q_rope, k, k_rope, visible, m, l, acc, scale_log2, R > 0)
 
         seen = l > 0
         lse = tl.where(seen, (m * scale_log2 + tl.log2(tl.where(seen, l, 1.0))) * 0.6931471805599453, -float("inf"))
@@ -203,11 +228,13 @@ def mla_decode_triton_kernel(
             kept = live & whole
             out_row = request * rows + row
             tl.store(lse_ptr + out_row, lse, mask=kept)
-            tl.store(o_ptr + out_row[:, None] * C + c[None, :], o.to(o_ptr.dtype.element_ty), mask=kept[:, None])
+            stored = _within(kept[:, None], c, C, C_TILE)
+            tl.store(o_ptr + out_row[:, None] * C + c[None, :], o.to(o_ptr.dtype.element_ty), mask=stored)
             kept = live & (whole == 0)
             out_row = slot.to(tl.int64) * rows + row
             tl.store(lse_part_ptr + out_row, lse, mask=kept)
-            tl.store(o_part_ptr + out_row[:, None] * C + c[None, :], o, mask=kept[:, None])
+            stored = _within(kept[:, None], c, C, C_TILE)
+            tl.store(o_part_ptr + out_row[:, None] * C + c[None, :], o, mask=stored)
             writes = (tile == 0) & ((piece == 0) | (held_pages > 0))
             tl.store(slots_ptr + 2 * request, slot, mask=writes & (first == 0))
             tl.store(slots_ptr + 2 * request + 1, slot, mask=writes & (end == pages))
@@ -215,4 +242,5 @@ def mla_decode_triton_kernel(
             out_row = part.to(tl.int64) * rows + row
             tl.store(lse_ptr + out_row, lse, mask=row < rows)
             o = o.to(o_ptr.dtype.element_ty)
-            tl.store(o_ptr + out_row[:, None] * C + c[None, :], o, mask=(row < rows)[:, None])
+            stored = _within((row < rows)[:, None], c, C, C_TILE)
+            tl.store(o_ptr + out_row[:, None] * C + c[None, :], o, mask=stored)

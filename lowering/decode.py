@@ -31,6 +31,7 @@ def supports(
     scale: float,
     causal: bool,
     latent_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Decision:
     """Whether the kernel `impl` takes the arguments: CUDA tensors of contiguous columns, then its own limits."""
     if q_latent.device.type != "cuda":
@@ -71,6 +72,7 @@ def run(
     scale: float,
     causal: bool,
     latent_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't.
 
@@ -81,7 +83,18 @@ def run(
 
     page_table = None if page_table is None else page_table.contiguous()
     return kernels.mla_decode_unchecked(
-        q_latent, q_rope, latent, k_rope, seqlens.contiguous(), mask, page_table, scale, causal, latent_scale, impl=impl
+        q_latent,
+        q_rope,
+        latent,
+        k_rope,
+        seqlens.contiguous(),
+        mask,
+        page_table,
+        scale,
+        causal,
+        latent_scale,
+        impl=impl,
+        batch_invariant=batch_invariant,
     )
 
 

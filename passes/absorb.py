@@ -6,7 +6,7 @@ After:   o = W_uv mla_decode(W_uk^T q_nope, q_rope, c, k_rope)         attention
 because q . (W_uk c) = (W_uk^T q) . c and sum_t p_t (W_uv c_t) = W_uv (sum_t p_t c_t). *Exact* in real arithmetic; the
 rounding differs as that of any reordered product. The rule is a cost: predicted seconds of both forms on the card at
 the sizes at hand, printed in the decision. Training keeps the expanded form. A cache is read where it lies: a static
-cache's tensors with their strides, or the pages of a paged one.
+cache's tensors with their strides, or the pages of a paged one, also of float8 rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from dscompile.lowering import heuristics
+from dscompile.lowering.ops import mla_cache
 from dscompile.passes import commits
 from dscompile.passes.bind import Bindings, Read, decode_mask
 from dscompile.passes.emit import Emitter
@@ -34,31 +35,69 @@ def hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint if size.node.has_hint() else 1)
 
 
-def run(bound: list[Bindings]) -> PassRecord:
-    """Absorbs every bound site where it pays; the others keep ``mla`` with the reason in their decision."""
+def run(bound: list[Bindings], batch_invariant: bool = False) -> PassRecord:
+    """Absorbs every bound site where it pays; the others keep ``mla`` with the reason in their decision.
+
+    With ``batch_invariant``, ``mla_decode`` is asked for results that don't depend on a request's neighbours, and the
+    cost rule for the sizes of one request.
+    """
     record = PassRecord(NAME)
     lengths: dict[tuple, tuple[fx.Node | None, fx.Node]] = {}
     try:
         for site in bound:
             if isinstance(site.structure, Structure):
                 record.sites.append(site.site)
-                _decide(site, lengths)
+                _decide(site, lengths, batch_invariant)
+            elif batch_invariant:  # the model's own absorbed form
+                site.node.args = (*site.node.args, None, True)
     finally:  # also what was written before a failure
         settle(site.module for site in bound)
     return record
 
 
-def _decide(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]) -> None:
+def _decide(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]], batch_invariant: bool) -> None:
     try:
         reason = _refuse(site)
-        better, why = (False, reason) if reason else _cheaper(site)
+        better, why = (False, reason) if reason else _cheaper(site, batch_invariant)
         site.site.decision = f"mla: {why}"
         if better:
-            _absorb(site, lengths)
-            pages = ", pages read in place" if site.pages is not None else ""
+            pages = _pages(site)
+            _absorb(site, lengths, batch_invariant)
             site.site.decision = f"mla_decode: {why}{pages}"
     except Refusal as refusal:
         site.site.decision = f"mla: expanded, {refusal.found}"
+
+
+def _pages(site: Bindings) -> str:
+    """What becomes of a paged cache, for the report; where its pages can't be read in place, the copy is read."""
+    structure = site.structure
+    assert isinstance(structure, Structure)
+    if structure.latent_pages is None or structure.rope_pages is None:
+        return ""
+    reason = _why_copied(site, structure)
+    if reason:
+        site.pages = None
+        return f", pages copied because {reason}"
+    return ", pages read in place"
+
+
+def _why_copied(site: Bindings, structure: Structure) -> str:
+    if site.pages is None:
+        return "the pool or its table is written, or has no tensor in the graph, where the attention is"
+    latent, rope = (read.slot for read in site.pages)
+    assert isinstance(latent, Pages) and isinstance(rope, Pages)
+    if site.pages[0].table is not site.pages[1].table:
+        return "latent and rope key are paged by different tables"
+    used, (pool, other) = site.node.args[0].meta["example_value"].dtype, (read.node for read in site.pages)
+    if latent.packed is None and rope.packed is None:
+        stored = {node.meta["example_value"].dtype for node in (pool, other)}
+        return "" if stored == {used} else f"they hold {', '.join(map(str, stored))} and the attention is in {used}"
+    if latent.packed != rope.packed or pool is not other or latent.packed is None:
+        return "latent and rope key are in different pools, one of them float8"
+    rank, width, dtype = latent.packed
+    if (latent.offset, rope.offset, structure.rank, structure.rope) != (0, rank, rank, width):
+        return f"the attention reads parts of rows of {rank} float8 and {width} other columns"
+    return "" if dtype == used else f"their rope columns are {dtype} and the attention is in {used}"
 
 
 def _refuse(site: Bindings) -> str:
@@ -69,12 +108,12 @@ def _refuse(site: Bindings) -> str:
     return ""
 
 
-def _cheaper(site: Bindings) -> tuple[bool, str]:
+def _cheaper(site: Bindings, batch_invariant: bool) -> tuple[bool, str]:
     q_nope, q_rope, latent, _, w_uk, w_uv = (n.meta["example_value"] for n in site.node.args[:6])
     batch, heads, queries, nope = (hint(s) for s in q_nope.shape)
     keys, rank = hint(latent.shape[1]), hint(latent.shape[2])
     sizes: dict[str, Any] = dict(
-        B=batch,
+        B=1 if batch_invariant else batch,
         S=queries,
         T=keys,
         H=heads,
@@ -92,16 +131,17 @@ def _cheaper(site: Bindings) -> tuple[bool, str]:
     return heuristics.prefer_absorbed(**sizes)
 
 
-def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]) -> None:
+def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]], batch_invariant: bool) -> None:
     """Writes the absorbed form behind the operator and lets its readers use it."""
     commits.current().permit()
     q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, causal = site.node.args
     e = Emitter(site.node)
     try:
-        table = None
+        table, rest = None, []
         if site.pages is not None:
             assert isinstance(site.structure, Structure)
-            latent, k_rope, table = _paged(e, site.pages, site.structure)
+            latent, k_rope, *rest = _paged(e, site.pages, site.structure)
+            table = site.pages[0].table
         key = (mask, site.mask_version, site.mask.kind)
         counted = lengths.get(key) or decode_mask(e, site.mask, mask, site.node.args[2])
         operand, seqlens = counted
@@ -110,7 +150,9 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
         q_latent = e.call(aten.einsum.default, "bhsn,hnc->bshc", [q_nope, w_uk])
         q_turned = e.call(aten.transpose.int, q_rope, 1, 2)
         decode = torch.ops.dsinfra.mla_decode.default
-        node = e.call(decode, q_latent, q_turned, latent, k_rope, seqlens, operand, table, scale, causal)
+        if batch_invariant:
+            rest = [*(rest or [None]), True]
+        node = e.call(decode, q_latent, q_turned, latent, k_rope, seqlens, operand, table, scale, causal, *rest)
         o = e.call(aten.einsum.default, "bshc,hvc->bshv", [e.item(node, 0), w_uv])
         o = e.call(aten.transpose.int, o, 1, 2)
     except Refusal:
@@ -128,16 +170,20 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
     site.node, site.out = node, o
 
 
-def _paged(e: Emitter, pages: tuple[Read, Read], structure: Structure) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """(latent [P, 64, C], rope key [P, 64, R], table) as slices of the pools."""
-    out = []
-    for read, width in zip(pages, (structure.rank, structure.rope), strict=True):
-        node, slot = read.node, read.slot
-        assert isinstance(slot, Pages)
-        while e.rank(node) > 3:
-            node = e.call(aten.squeeze.dim, node, 2)
-        last = e.rank(node) - 1
-        out.append(e.call(aten.slice.Tensor, node, last, slot.offset, slot.offset + width))
-    if pages[0].table is not pages[1].table:
-        raise Unsupported("latent and rope key are paged by different tables")
-    return out[0], out[1], pages[0].table  # type: ignore[return-value]
+def _paged(e: Emitter, pages: tuple[Read, Read], structure: Structure) -> tuple[fx.Node, ...]:
+    """latent [P, 64, C], rope key [P, 64, R], and for float8 rows scales [P, 64, C / 128], as slices of the pools."""
+    pools, slots = [], [read.slot for read in pages]
+    for read in pages:
+        pools.append(read.node)
+        while e.rank(pools[-1]) > 3:
+            pools[-1] = e.call(aten.squeeze.dim, pools[-1], 2)
+    if slots[0].packed is None:  # type: ignore[union-attr]
+        return tuple(
+            e.call(aten.slice.Tensor, pool, 2, slot.offset, slot.offset + width)  # type: ignore[union-attr]
+            for pool, slot, width in zip(pools, slots, (structure.rank, structure.rope), strict=True)
+        )
+    rank, rope, dtype = slots[0].packed  # type: ignore[union-attr]
+    return tuple(
+        e.call(aten.slice.Tensor, e.call(aten.view.dtype, pools[0], part), 2, first, end)
+        for part, first, end in mla_cache.columns(rank, rope, dtype)
+    )

@@ -184,7 +184,7 @@ class Binder:
             return None
         pool, table = self._held(owner, pages.pool), self._held(owner, pages.table)
         safe = all(self.memory.unchanged(n, pages.time, time) for n in (pages.pool, pages.table))
-        return Read(pool, Pages(pool, table, pages.offset, 0), table) if pool and table and safe else None
+        return Read(pool, replace(pages, pool=pool, table=table, time=0), table) if pool and table and safe else None
 
     # ---- writing
 

@@ -14,6 +14,7 @@ assignments can be compared for equality.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,12 +55,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pages:
-    """A latent that lies in pages: ``pool[table]``; ``offset`` is its first column in a pool row."""
+    """A latent that lies in pages: ``pool[table]``; ``offset`` is its first column in a pool row.
+
+    ``packed``: the rows are bytes, (float8 latents, other columns, their dtype) as ``mla_read_fp8`` reads them, and
+    ``offset`` counts in columns of what it returns, put side by side.
+    """
 
     pool: fx.Node
     table: fx.Node
     offset: int
     time: int
+    packed: tuple[int, int, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
@@ -406,6 +412,8 @@ class Prover:
         """The value as ``pool[table]`` with 64-token pages, if that is where the trail ends."""
         points, wanted = grid
         *_, last = self.pull.trail(points)
+        if last.node.target is operator.getitem:
+            return self._packed_pages(last, wanted)
         if last.node.target is not aten.index.Tensor:
             return None
         pool, indices = last.node.args
@@ -420,3 +428,19 @@ class Prover:
         if size != 64 or not fits or any(m.any() for m in middle) or len({*offset}) != 1:
             return None
         return Pages(pool, indices[0], int(offset[0]), self.memory.position[last.node])
+
+    def _packed_pages(self, last: Points, wanted: dict[str, Array]) -> Pages | None:
+        """The value as a result of ``mla_read_fp8``, which unpacks the float8 rows of a pool's pages."""
+        read, item = last.node.args
+        if not isinstance(read, fx.Node) or read.target is not torch.ops.dsinfra.mla_read_fp8.default:
+            return None
+        self.pull.seen |= {last.node, read}
+        order = np.argsort(last.index)
+        request, position, column = (c[order] for c in last.spread().coords)
+        offset = column - wanted["d"]
+        fits = (request == wanted["b"]).all() and (position == wanted["t"]).all()
+        if not fits or len({*offset}) != 1:
+            return None
+        pool, table, rank, rope, dtype = read.args
+        packed = (int(rank), int(rope), dtype)
+        return Pages(pool, table, int(offset[0]) + packed[0] * int(item), self.memory.position[read], packed)

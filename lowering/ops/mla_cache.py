@@ -82,6 +82,13 @@ def read(
     return mla_cache.dequantize(latent8, scale, dtype), rope.contiguous()
 
 
+def columns(latent_width: int, rope_width: int, rope_dtype: torch.dtype) -> tuple[tuple[torch.dtype, int, int], ...]:
+    """(dtype, first, end) of latent, k_rope and scales in a row of the pool, each in columns of its dtype."""
+    from dscompile.kernels import mla_cache
+
+    return mla_cache.columns(latent_width, rope_width, rope_dtype)
+
+
 def _read_fake(
     pool: Tensor, page_table: Tensor, latent_width: int, rope_width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

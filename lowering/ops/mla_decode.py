@@ -11,6 +11,10 @@ never influence the result, whatever they hold.
 With `latent_scale` the latent is float8_e4m3fn, each group of its columns times a scale, rounded to the queries' dtype:
 slices of one pool of 656-byte rows, or tensors of their own (`dscompile.kernels.mla_cache`). k_rope stays as it is.
 
+With `batch_invariant`, the bits of a request depend on its own data, on the cache's capacity and on nothing else: not
+on how many requests there are, nor on their lengths. Work is then cut by the capacity alone, which costs time (up to
+half as much again on an H100, measured up to 128 requests).
+
 Refused: gradients (use `dsinfra::mla` to train), pages of another size, masks that aren't bool.
 """
 
@@ -41,7 +45,7 @@ PAGE = 64
 
 _SCHEMA = (
     "(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor seqlens, Tensor? mask, Tensor? page_table,"
-    " float scale, bool causal, Tensor? latent_scale=None) -> (Tensor o, Tensor lse)"
+    " float scale, bool causal, Tensor? latent_scale=None, bool batch_invariant=False) -> (Tensor o, Tensor lse)"
 )
 _DIMS = {"q_latent": 4, "q_rope": 4, "latent": 3, "k_rope": 3}
 
@@ -216,6 +220,7 @@ def _fake(
     scale: float,
     causal: bool,
     latent_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
     B, S, H, C = q_latent.shape
@@ -236,14 +241,19 @@ def reference(
     scale: float,
     causal: bool,
     latent_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla_decode`."""
+    if batch_invariant and len(seqlens) > 1:  # torch picks its kernels by the batch
+        return _one_by_one(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale)
+    if page_table is not None:
+        latent, k_rope = (_gather_pages(pool, page_table, seqlens) for pool in (latent, k_rope))
     if latent_scale is not None:
         from dscompile.kernels.mla_cache import dequantize  # for these calls alone: others import no kernel
 
+        if page_table is not None:
+            latent_scale = _gather_pages(latent_scale, page_table, seqlens)
         latent = dequantize(latent, latent_scale, q_latent.dtype)
-    if page_table is not None:
-        latent, k_rope = (_gather_pages(pool, page_table, seqlens) for pool in (latent, k_rope))
     S, T, wide = q_latent.shape[1], latent.shape[1], accumulation_dtype(q_latent.dtype)
     keys = torch.arange(T, device=seqlens.device)
     valid_BT = keys < seqlens.unsqueeze(1)
@@ -260,6 +270,32 @@ def reference(
     p, lse = softmax_and_lse(scores.masked_fill(~visible_BST.unsqueeze(2), -math.inf))
     o = torch.einsum("bsht,btc->bshc", p, latent)
     return o.to(q_latent.dtype).contiguous(), lse.to(torch.float32)
+
+
+def _one_by_one(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    seqlens: Tensor,
+    mask: Tensor | None,
+    page_table: Tensor | None,
+    scale: float,
+    causal: bool,
+    latent_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`reference` of each request alone."""
+    found = []
+    for b in range(len(seqlens)):
+        one = slice(b, b + 1)
+        keys, turned, scales = latent, k_rope, latent_scale
+        if page_table is None:
+            keys, turned, scales = latent[one], k_rope[one], None if scales is None else scales[one]
+        visible = mask[one] if mask is not None and len(mask) > 1 else mask
+        pages = None if page_table is None else page_table[one]
+        part = q_latent[one], q_rope[one], keys, turned, seqlens[one], visible, pages
+        found.append(reference(*part, scale, causal, scales))
+    return torch.cat([o for o, _ in found]), torch.cat([lse for _, lse in found])
 
 
 def _gather_pages(pool_PRX: Tensor, page_table: Tensor, seqlens: Tensor) -> Tensor:
@@ -283,10 +319,11 @@ def _kernel(
     scale: float,
     causal: bool,
     latent_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
     return table("mla_decode").run(
-        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale
+        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale, batch_invariant
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, StaticCache
 
+from dscompile._entry import ensure_registered
 from dscompile.adapters.hf import (
     CacheDtypeError,
     CapacityError,
@@ -18,6 +19,7 @@ from dscompile.adapters.hf import (
     PagedLatentCache,
     PageSizeError,
 )
+from dscompile.report import reports
 from tests.zoo import hf
 from tests.zoo.hf import MICRO, build_model, tokens
 
@@ -264,6 +266,29 @@ def test_generate_with_float8_rows(model: Any) -> None:
     settings = {"max_new_tokens": 4, "do_sample": False}
     got = [model.generate(tokens(2, 9), past_key_values=scattered(model, dtype="fp8"), **settings) for _ in range(2)]
     assert torch.equal(*got) and got[0].shape == (2, 13)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_compiled_model_reads_float8_rows_in_place(model: Any, device: str) -> None:
+    """Greedy tokens and logits are those of the uncompiled model, which reads a dequantised copy; none is made here."""
+    ensure_registered()
+    torch._dynamo.reset()
+    model = copy.deepcopy(model).to(device)
+    caches, before = [scattered(model, dtype="fp8") for _ in range(2)], len(reports())
+    for cache in caches:
+        logits(model, cache, [tokens(2, 60).to(device)])
+    inner = "aot_eager" if device == "cpu" else "inductor"
+    compiled = torch.compile(model, backend="dsinfra", fullgraph=True, options={"inner": inner})
+    step = [tokens(2, 1).to(device)] * 2
+    for _ in range(6):  # across the edge of a page
+        expected, found = (logits(run, cache, [ids])[0] for run, cache, ids in zip((model, compiled), caches, step))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        step = [x[:, -1:].argmax(-1) for x in (expected, found)]
+        assert torch.equal(*step)
+    (report,) = reports()[before:]
+    assert report.op_counts.get("mla_decode") == hf.LAYERS and "mla_read_fp8" not in report.op_counts
+    found = {(site.decision.rpartition(", ")[2], site.kernel) for site in report.sites if site.kind == "mla"}
+    assert found == {("pages read in place", "reference" if device == "cpu" else "triton")}
 
 
 def test_other_dtypes_are_refused(model: Any) -> None:

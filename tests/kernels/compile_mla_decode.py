@@ -11,7 +11,8 @@ import torch
 from dscompile.kernels import launch, mla_cache
 from dscompile.kernels.mla_decode import mla_decode
 
-# name: implementation, capability, dtype, paged, masked, splits (None: dealt by lengths); "fp8" in it: a float8 cache
+# name: implementation, capability, dtype, paged, masked, splits (None: dealt by lengths); "fp8" in it: a float8 cache;
+# other widths of latent and rope behind them
 VARIANTS = {
     "gluon-paged": ("gluon", (9, 0), torch.bfloat16, True, False, None),
     "gluon-paged-mask": ("gluon", (9, 0), torch.bfloat16, True, True, 1),
@@ -25,13 +26,17 @@ VARIANTS = {
     "triton-ampere": ("triton", (8, 0), torch.bfloat16, True, False, None),
     "triton-consumer": ("triton", (8, 6), torch.float16, True, True, 2),
     "triton-consumer-float32": ("triton", (8, 6), torch.float32, False, False, 2),
+    "triton-consumer-320": ("triton", (8, 6), torch.bfloat16, True, False, None, 320, 32),
+    "triton-widest": ("triton", (8, 6), torch.bfloat16, False, False, 2, 1024, 64),
 }
 
 
-def arguments(dtype: torch.dtype, paged: bool, masked: bool, fp8: bool = False) -> tuple:
+def arguments(
+    dtype: torch.dtype, paged: bool, masked: bool, fp8: bool = False, latent: int = 512, rope: int = 64
+) -> tuple:
     """A call of three queries and 16 heads over 200 keys a request, or four pages; the values don't matter."""
-    q_latent, q_rope = torch.zeros(2, 3, 16, 512, dtype=dtype), torch.zeros(2, 3, 16, 64, dtype=dtype)
-    cache = torch.zeros(8, 64, 576, dtype=dtype) if paged else torch.zeros(2, 200, 576, dtype=dtype)
+    q_latent, q_rope = (torch.zeros(2, 3, 16, width, dtype=dtype) for width in (latent, rope))
+    cache = torch.zeros(*((8, 64) if paged else (2, 200)), latent + rope, dtype=dtype)
     table = torch.zeros(2, 4, dtype=torch.int32) if paged else None
     mask = torch.ones(1, 3, 256 if paged else 200, dtype=torch.bool) if masked else None
     seqlens = torch.zeros(2, dtype=torch.int32)
@@ -39,14 +44,14 @@ def arguments(dtype: torch.dtype, paged: bool, masked: bool, fp8: bool = False) 
         pool = torch.zeros(*cache.shape[:2], 656, dtype=torch.uint8)
         latent, k_rope, scales = mla_cache.views(pool, 512, 64, dtype)
         return q_latent, q_rope, latent, k_rope, seqlens, mask, table, 0.1, True, scales
-    return q_latent, q_rope, cache[..., :512], cache[..., 512:], seqlens, mask, table, 0.1, True
+    return q_latent, q_rope, cache[..., :latent], cache[..., latent:], seqlens, mask, table, 0.1, True
 
 
 def main() -> None:
     facts = {}
-    for name, (impl, capability, dtype, paged, masked, splits) in VARIANTS.items():
+    for name, (impl, capability, dtype, paged, masked, splits, *widths) in VARIANTS.items():
         with launch.offline(capability) as compiled:
-            mla_decode(*arguments(dtype, paged, masked, "fp8" in name), impl=impl, splits=splits)
+            mla_decode(*arguments(dtype, paged, masked, "fp8" in name, *widths), impl=impl, splits=splits)
         for kernel in compiled:
             fact = launch.read_facts(kernel)
             facts[f"{name}/{fact.name}"] = dataclasses.asdict(fact)

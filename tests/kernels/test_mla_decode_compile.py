@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 HOPPER_SHARED = 232448  # bytes a CTA may have
 CONSUMER_SHARED = 101376
 NEWEST_STACK = 32  # bytes a thread that the assembler of Triton 3.9 keeps there where 3.6's keeps none
+WIDEST_SPILLS = 512  # bytes: 16 rows of 1024 columns and their queries are more than the registers of 8 warps
 DEALT = ("gluon-paged", "gluon-paged-float16", "gluon-plain-mask")  # by lengths, on the device
 
 
@@ -76,9 +77,9 @@ def test_gluon_resources(compiled: dict) -> None:
 
 def test_triton_resources(compiled: dict) -> None:
     facts = named(compiled, "triton", "mla_decode_triton_kernel") | named(compiled, "fp8", "mla_decode_triton_kernel")
-    assert len(facts) == 5
+    assert len(facts) == 7
     for key, fact in facts.items():
-        most = stack(compiled) if key.startswith("fp8") else 0
+        most = stack(compiled) if key.startswith("fp8") else WIDEST_SPILLS if "widest" in key else 0
         assert fact["spills"] <= most and fact["stack"] <= most, key
         assert fact["shared"] <= CONSUMER_SHARED, key
 

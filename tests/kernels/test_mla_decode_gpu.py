@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import dscompile.lowering.ops  # noqa: F401  (registers the operator)
 from dscompile.kernels.mla_decode import mla_decode
+from dscompile.lowering import select
 from tests.kernels.mla_decode_cases import LAYOUTS, Case, expected, make, problems
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +66,16 @@ def test_a_mask_that_hides_whole_pages_and_whole_rows(layout: str, splits: int, 
 
 def test_many_pages_go_round_the_stages(impl: str) -> None:
     compare(BASE.with_(lengths=(8192, 8191, 8129, 4097), capacity=8192, s_q=2, heads=64), impl, 1)
+
+
+@pytest.mark.parametrize("layout", ["paged", "sliced"])
+@pytest.mark.parametrize(("latent", "rope"), [(256, 64), (320, 32), (320, 0), (512, 32), (1024, 64), (13, 3)], ids=str)
+def test_widths_through_the_operator(latent: int, rope: int, layout: str) -> None:
+    """Widths that no fast kernel has: the operator takes plain Triton for them, in equal parts or dealt by lengths."""
+    for case in (BASE.with_(s_q=2), BASE.with_(lengths=RAGGED * 3, heads=40)):
+        args = make(case.with_(latent=latent, rope=rope, layout=layout), "cuda")
+        assert select.choose("mla_decode", args)[0].name == "triton"
+        assert not problems(torch.ops.dsinfra.mla_decode(*args), expected(args))
 
 
 def test_float32_in_plain_triton() -> None:

@@ -146,8 +146,10 @@ def test_gluon_refuses(hopper: object) -> None:
 
 def test_triton_takes_and_refuses(hopper: object) -> None:
     assert triton_refusal(*tensors(latent=32, rope=16, dtype=torch.float32)) is None
-    assert "Pad with zeros" in triton_refusal(*tensors(latent=96, rope=16))
-    assert "Pad with zeros" in triton_refusal(*tensors(rope=8))
+    assert triton_refusal(*tensors(latent=1024, rope=0)) is None and triton_refusal(*tensors(latent=13, rope=3)) is None
+    assert "(1024, 128) wide in torch.bfloat16" in triton_refusal(*tensors(latent=1024, rope=128))
+    assert "There is no kernel for wider ones" in triton_refusal(*tensors(latent=1024, dtype=torch.float32))
+    assert "There is no kernel for wider ones" in triton_refusal(*tensors(latent=1025))
     assert "Convert to one of these" in triton_refusal(*tensors(dtype=torch.float64))
 
 

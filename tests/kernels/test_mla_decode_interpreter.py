@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import mla_side, results
 from dscompile.kernels.mla_decode import mla_decode
 from tests.kernels.mla_decode_cases import LAYOUTS, Case, expected, make, problems
 
@@ -51,12 +52,36 @@ def test_full_widths() -> None:
     run_and_compare(Case(lengths=(65, 130), heads=20, s_q=2, capacity=130, dtype=torch.float16), 2)
 
 
+@pytest.mark.parametrize(
+    ("latent", "rope", "layout", "splits"),
+    [(320, 32, "sliced", 2), (320, 0, "paged", 1), (1024, 64, "paged", 2), (13, 3, "sliced", None)],
+)
+def test_widths(latent: int, rope: int, layout: str, splits: int | None) -> None:
+    """Tiles are wider than the tensors, whose neighbours are NaN."""
+    lengths = (0, 65, 70, 5) * (1 if splits else 3)  # so many are dealt by lengths
+    case = SMALL.with_(latent=latent, rope=rope, heads=3, lengths=lengths, capacity=70)
+    run_and_compare(case.with_(layout="paged" if splits is None else layout), splits)
+
+
 def test_a_peaked_softmax() -> None:
     run_and_compare(SMALL.with_(scale=8.0, s_q=2), 3)
 
 
 def test_every_length_zero() -> None:
     run_and_compare(SMALL.with_(lengths=(0, 0)), 2)
+
+
+def test_a_benchmark_refuses_wrong_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared before a benchmark is timed, request by request, paged and plain."""
+    for layout in ("paged", "plain"):
+        args = make(SMALL.with_(layout=layout), "cpu")
+        mla_side.check(args, layout, (0, 2, 4), impl="triton", splits=1)
+        o, lse = mla_decode(*args, impl="triton", splits=1)
+        o[2] += 0.01
+        with monkeypatch.context() as patch:
+            patch.setattr(mla_side, "mla_decode", lambda *_, o=o, lse=lse, **__: (o, lse))
+            with pytest.raises(results.CheckFailed, match=f"{layout}, request 2: .* outputs are off"):
+                mla_side.check(args, layout, (0, 2, 4))
 
 
 def test_more_splits_than_pages() -> None:

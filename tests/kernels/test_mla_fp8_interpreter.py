@@ -20,6 +20,12 @@ def test_decode(layout: str, s_q: int, splits: int | None) -> None:
     assert not problems(mla_decode(*args, impl="triton", splits=splits), expected(dequantized(args)))
 
 
+@pytest.mark.parametrize(("latent", "rope"), [(384, 32), (4, 0)], ids=str)
+def test_decode_of_other_widths(latent: int, rope: int) -> None:
+    args = make_fp8(SMALL.with_(latent=latent, rope=rope, heads=3, lengths=(0, 65, 70, 5), capacity=70), "cpu")
+    assert not problems(mla_decode(*args, impl="triton"), expected(dequantized(args)))
+
+
 def test_decode_with_four_scales_and_a_mask() -> None:
     args = make_fp8(SMALL.with_(latent=512, rope=64, mask=(5, 1), lengths=(0, 70, 65, 5, 64), capacity=70), "cpu")
     assert not problems(mla_decode(*args, impl="triton"), expected(dequantized(args)))

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
+import dscompile.lowering.ops  # noqa: F401  (registers the operator)
 from dscompile.kernels.mla_decode import mla_decode
+from dscompile.lowering import select
 from tests.kernels.mla_decode_cases import Case, expected, make, problems
 
 pytestmark = pytest.mark.gpu
@@ -64,10 +66,24 @@ def test_a_request_does_not_depend_on_its_neighbours(impl: str) -> None:
     args = make(Case(lognormal(50, 1500, 8000), capacity=8000, heads=16), "cuda")
     q_latent, q_rope, latent, k_rope, seqlens, _, table, *rest = args
     o, lse = mla_decode(*args, impl=impl, batch_invariant=True)
-    for some in (slice(0, 1), slice(7, 12), slice(20, 50)):
+    for some in (slice(0, 1), slice(7, 12), slice(20, 50)):  # the operator's argument reaches the same kernel
         part = q_latent[some], q_rope[some], latent, k_rope, seqlens[some], None, table[some]
-        o_some, lse_some = mla_decode(*part, *rest, impl=impl, batch_invariant=True)
+        with select.force("mla_decode", impl):
+            o_some, lse_some = torch.ops.dsinfra.mla_decode(*part, *rest, batch_invariant=True)
         assert torch.equal(o_some, o[some]) and torch.equal(lse_some, lse[some])
+
+
+def test_independence_of_more_requests_than_can_be_weighed(impl: str) -> None:
+    """A request among 150 of 16 pieces each, which take two launches, and alone."""
+    args = make(Case(lognormal(150, 3000, 16384), capacity=16384, heads=16, layout="paged"), "cuda")
+    q_latent, q_rope, latent, k_rope, seqlens, _, table, *rest = args
+    o, lse = mla_decode(*args, impl=impl, batch_invariant=True)
+    assert not problems((o, lse), expected(args))
+    for b in (0, 127, 128, 149):
+        one = slice(b, b + 1)
+        part = q_latent[one], q_rope[one], latent, k_rope, seqlens[one], None, table[one]
+        o_one, lse_one = mla_decode(*part, *rest, impl=impl, batch_invariant=True)
+        assert torch.equal(o_one, o[one]) and torch.equal(lse_one, lse[one])
 
 
 def test_runs_agree_in_every_bit(impl: str) -> None:

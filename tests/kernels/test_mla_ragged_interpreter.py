@@ -95,6 +95,16 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(o_b[0], o[b]) and torch.equal(lse_b[0], lse[b])
 
 
+def test_independence_of_more_requests_than_can_be_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go in groups, each with its own mask, cache and lengths; bits are those of one launch."""
+    args = make(SMALL.with_(lengths=(3, 1030, 64), capacity=1030, heads=1, layout="plain", mask=(3, 1)), "cpu")
+    want = mla_decode.mla_decode(*args, impl="triton", batch_invariant=True)
+    monkeypatch.setattr(mla_decode, "MAX_PLANNED", 5)  # pieces: two requests of two each
+    got = mla_decode.mla_decode(*args, impl="triton", batch_invariant=True)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert not problems(got, expected(args))
+
+
 def test_more_requests_than_can_be_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_decode, "MAX_PLANNED", 3)
     args = make(SMALL.with_(lengths=(3, 0, 90, 64), capacity=90, layout="plain", heads=1), "cpu")

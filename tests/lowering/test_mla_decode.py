@@ -85,6 +85,26 @@ def test_equals_mla_absorbed():
     torch.testing.assert_close(absorbed_lse.transpose(1, 2), lse)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "mask"])
+@pytest.mark.parametrize("paged", [False, True], ids=["plain", "paged"])
+def test_a_request_does_not_depend_on_its_neighbours(paged, masked):
+    """Asked to be, results are those of each request alone, bit for bit: also where its neighbours change."""
+    args, page_table = make((6, 2, 3, 16, 8, 130, (130, 1, 64, 77, 0, 129)), paged)
+    q_latent, q_rope, latent, k_rope, seqlens = args
+    T = latent.shape[1] if page_table is None else page_table.shape[1] * 64
+    mask = torch.rand((6, 2, T), generator=torch.Generator().manual_seed(3)) > 0.4 if masked else None
+    o, lse = DECODE(*args, mask, page_table, 0.2, True, None, True)
+    expected_o, expected_lse = oracle.mla_decode(*args, mask, page_table, 0.2, True)
+    torch.testing.assert_close(o.double(), expected_o, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for some in ([0], [3, 1], [5, 4, 3, 0]):
+        cache = (latent, k_rope) if paged else (latent[some], k_rope[some])
+        table = page_table[some] if paged else None
+        part = q_latent[some], q_rope[some], *cache, seqlens[some], mask[some] if masked else None, table
+        o_some, lse_some = DECODE(*part, 0.2, True, None, True)
+        assert torch.equal(o_some, o[some]) and torch.equal(lse_some, lse[some])
+
+
 @pytest.mark.parametrize("paged", [False, True], ids=["plain", "paged"])
 def test_opcheck(paged):
     args, page_table = make(CASES["ragged"], paged, poison=0.0)

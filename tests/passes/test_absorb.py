@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from torch import fx
 
 from dscompile.backend import dsinfra
+from dscompile.kernels import launch
+from dscompile.kernels import mla_decode as kernels
+from dscompile.lowering import decode as decode_table
 from dscompile.passes import absorb, pipeline
+from tests.passes import toy as toys
 from tests.passes.toy import (
     C,
     D,
@@ -19,6 +24,7 @@ from tests.passes.toy import (
     N,
     R,
     Toy,
+    V,
     only_site,
     randn,
     same_as_eager,
@@ -108,12 +114,12 @@ def calls(queries: int, dtype: torch.dtype = torch.float64) -> list[tuple]:
     return [(randn(2, queries, D, seed=n, dtype=dtype), torch.tensor(n)) for n in (5, 9, T)]
 
 
-def graph_of(make: Callable[[], Any], *inputs: Any, inner: str = "eager") -> fx.GraphModule:
+def graph_of(make: Callable[[], Any], *inputs: Any, inner: str = "eager", **options: Any) -> fx.GraphModule:
     """The one rewritten graph of a call."""
     graphs: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, inputs: list) -> Callable:
-        compiled = dsinfra(gm, inputs, options={"inner": inner}, sink=lambda report: None)
+        compiled = dsinfra(gm, inputs, options={"inner": inner, **options}, sink=lambda report: None)
         graphs.append(gm)
         return compiled
 
@@ -272,6 +278,47 @@ def test_one_mask_for_attentions_of_different_batches() -> None:
     same_as_eager(changed, *calls(1))
 
 
+# ------------------------------------------------------------------ widths
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(320, 32), (1024, 64), (20, 0)], ids=str)
+def test_widths_that_no_fast_kernel_has(rank: int, rope: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the model to the kernel: recognised, absorbed, right, and the operands are ones that plain Triton takes."""
+    for module in (toys, sys.modules[__name__]):
+        monkeypatch.setattr(module, "C", rank)
+        monkeypatch.setattr(module, "R", rope)
+    make = decode(MASKS["length"][0])
+    with cost(True, monkeypatch):
+        (report,) = same_as_eager(make, calls(1)[1])
+        (node,) = calls_of(graph_of(lambda: make(dtype=torch.bfloat16), *calls(1, torch.bfloat16)[0]), DECODE)
+    assert report.op_counts == {"mla_decode": 1}
+    operands = [n.meta["example_value"] for n in node.args[:4]]
+    assert [x.shape[-1] for x in operands] == [rank, rope, rank, rope]
+    if launch.has_triton() and not launch.interpreting():
+        with launch.offline():
+            concrete = [decode_table._concrete(x) for x in operands]
+            assert kernels.triton_refusal(*concrete) is None
+            assert "(512, 64)" in str(kernels.gluon_refusal(*concrete))
+
+
+# ------------------------------------------------------------------ independence of the batch
+
+
+@pytest.mark.parametrize("form", ["absorbed", "own", "paged_float8"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_operator_is_told_to_be_batch_invariant(form: str, asked: bool) -> None:
+    """And the form is chosen by the sizes of one request, so that it doesn't depend on the batch either."""
+    make = {"absorbed": Decode, "own": type("Own", (Decode,), {"forward": _own}), "paged_float8": Packed}[form]
+    inputs = LENGTHS[1] if form == "paged_float8" else calls(1)[0]
+    graph = graph_of(make, *inputs, batch_invariant=asked)
+    (node,) = calls_of(graph, DECODE)
+    assert (len(node.args) == 11 and node.args[10] is True) == asked
+    reports = same_as_eager(make, inputs, options={"batch_invariant": asked}, inner="aot_eager")
+    assert reports[0].op_counts == {"mla_decode": 1}
+    if form != "own":
+        assert ("(B 1, " in only_site(reports).decision) == asked
+
+
 # ------------------------------------------------------------------ pages
 
 
@@ -373,6 +420,75 @@ def test_the_paged_cache_of_the_adapters() -> None:
     gathered = [n for n in pipeline._live(graph.graph) if n.op == "call_function" and table in n.all_input_nodes]
     shapes = [tuple(n.meta["example_value"].shape) for n in gathered if hasattr(n.meta.get("example_value"), "shape")]
     assert not any(shape[:3] == (2, 2, 64) for shape in shapes), "no live gather of whole pages"
+
+
+class Packed(Paged):
+    """Pools of float8 rows, W latents and R rope columns in `kept`, two pages for each request."""
+
+    W = 256
+
+    def __init__(self, kept: torch.dtype = torch.float64, used: int = W):
+        super().__init__()
+        self.kept, self.used = kept, used
+        self.b = torch.nn.Linear(used, H * (N + V), bias=False, dtype=torch.float64)
+        self.b.weight.data = randn(H * (N + V), used, seed=3) / 8
+        self.pool = torch.zeros(6, 64, 1, self.W + 8 + kept.itemsize * R, dtype=torch.uint8)
+        self.other = self.pool.clone()
+        for seed, pool in enumerate((self.pool, self.other)):
+            rows = randn(6 * 64, self.W + R, seed=seed, dtype=kept).split([self.W, R], -1)
+            torch.ops.dsinfra.mla_append_fp8(pool, *rows, torch.arange(6 * 64))
+
+    def read(self, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.dsinfra.mla_read_fp8(pool, self.table, self.W, R, self.kept)
+
+    def forward(self, x: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        return self.of(x, length, *self.read(self.pool))
+
+    def of(self, x: torch.Tensor, length: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+        q_nope, q_rope = self.q(x).view(*x.shape[:2], H, N + R).transpose(1, 2).split([N, R], -1)
+        k_nope, v = self.up(latent[..., : self.used].to(x.dtype))
+        mask = (torch.arange(128) < length)[None, None, None]
+        return self.finish(q_nope, q_rope, k_nope, k_rope[:, None].to(x.dtype), v, mask)
+
+
+def _write_first(self, x, length):  # type: ignore[no-untyped-def]
+    rows = self.read(self.pool)
+    self.pool.zero_()
+    return self.of(x, length, *rows)
+
+
+def _two_pools(self, x, length):  # type: ignore[no-untyped-def]
+    return self.of(x, length, self.read(self.pool)[0], self.read(self.other)[1])
+
+
+def _moved(self, x, length):  # type: ignore[no-untyped-def]
+    return self.of(x, length, *(rows.roll(1, 1) for rows in self.read(self.pool)))
+
+
+PACKED: dict[str, tuple[Callable, dict, str]] = {
+    "in_place": (Packed.forward, {}, "pages read in place"),
+    "written": (_write_first, {}, "copied because the pool or its table is written"),
+    "two_pools": (_two_pools, {}, "copied because latent and rope key are in different pools"),
+    "part": (Packed.forward, {"used": 8}, "copied because the attention reads parts of rows of 256 float8 and 4"),
+    "wider": (Packed.forward, {"kept": torch.float32}, "rope columns are torch.float32 and the attention is in"),
+    "moved": (_moved, {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_float8_pages(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in place, or copied for a reason that the report names; the numbers are those of the copy."""
+    forward, settings, words = PACKED[case]
+    made = type("Changed", (Packed,), {"forward": forward})
+    with cost(True, monkeypatch):
+        reports = same_as_eager(lambda: made(**settings), *LENGTHS[1:3], inner="aot_eager")
+        (node,) = calls_of(graph_of(lambda: made(**settings), *LENGTHS[0]), DECODE)
+    decision, inside = only_site(reports).decision, case == "in_place"
+    assert words in decision and ("pages" in decision) == bool(words)
+    assert ("mla_read_fp8" in reports[0].op_counts) == (not inside)
+    shapes = [tuple(n.meta["example_value"].shape) for n in (*node.args[2:4], *node.args[9:])]
+    copied = [(2, 128, settings.get("used", Packed.W)), (2, 128, R)]
+    assert shapes == ([(6, 64, Packed.W), (6, 64, R), (6, 64, 2)] if inside else copied)
 
 
 # ------------------------------------------------------------------ the model's own absorbed form

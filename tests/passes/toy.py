@@ -89,13 +89,15 @@ def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def compile_passes(module: Any, inner: str = "eager", **settings: Any) -> tuple[Callable, list[CompileReport]]:
-    """`module` behind the backend, and the list that its reports go to."""
+def compile_passes(
+    module: Any, inner: str = "eager", more: dict[str, Any] | None = None, **settings: Any
+) -> tuple[Callable, list[CompileReport]]:
+    """`module` behind the backend, with `more` options, and the list that its reports go to."""
     reports: list[CompileReport] = []
     torch._dynamo.reset()
 
     def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
-        return dsinfra(gm, inputs, options={"inner": inner}, sink=reports.append)
+        return dsinfra(gm, inputs, options={"inner": inner, **(more or {})}, sink=reports.append)
 
     return torch.compile(module, backend=backend, **settings), reports
 
@@ -127,6 +129,7 @@ def same_as_eager(
     lengths: bool = False,
     inner: str = "",
     rtol: float = 1e-9,
+    options: dict[str, Any] | None = None,
 ) -> list[CompileReport]:
     """Runs `make()` uncompiled and compiled on the same calls and compares everything; -> the reports.
 
@@ -134,7 +137,7 @@ def same_as_eager(
     quick; `inner="aot_eager"` puts AOTAutograd behind it.
     """
     eager, ours = make(), make()
-    compiled, reports = compile_passes(ours, inner or ("aot_eager" if train else "eager"))
+    compiled, reports = compile_passes(ours, inner or ("aot_eager" if train else "eager"), options)
     for inputs in calls or ((randn(2, S, D),),):
         expected = observe(eager, eager, inputs, train, lengths)
         found = observe(compiled, ours, inputs, train, lengths)
