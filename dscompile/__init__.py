@@ -18,9 +18,13 @@ __version__ = "0.1.0"
 _FOLDERS = ("kernels", "lowering", "passes", "runtime")
 
 # Public name -> the module that defines it, loaded at first use.
-_LAZY = {"explain": "dscompile.report", "pipeline_stages": "dscompile.pipeline"}
+_LAZY = {
+    "explain": "dscompile.report",
+    "pipeline_stages": "dscompile.pipeline",
+    "register_fp8_pair": "dscompile.passes.fp8_pairs",
+}
 
-__all__ = ["__version__", "explain", "pipeline_stages", "refuse_bare_names"]
+__all__ = ["__version__", "explain", "pipeline_stages", "refuse_bare_names", "register_fp8_pair"]
 
 
 def refuse_bare_names() -> None:

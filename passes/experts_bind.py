@@ -8,6 +8,7 @@ readers; AOTAutograd drops it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,7 +42,10 @@ class Written:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value is made in Dynamo's graph, and ``names``: the nodes that hold it from there on."""
+    """Where a value is made in Dynamo's graph, and ``names``: the nodes that hold it from there on.
+
+    ``node`` is one of them, or the assignment ``buffer[index] = value`` that has no value of its own.
+    """
 
     module: fx.GraphModule
     node: fx.Node
@@ -61,7 +65,7 @@ class Binding:
             raise UnboundValue(f"`{node.name}` has no tensor in Dynamo's graph", node)
         module = owners[0].module
         holders = [o.node for o in owners if o.module is module]
-        changes, written = [n for n in spelled if _is_in_place(n)], [n for n in holders if _writes(n)]
+        changes, written = [n for n in spelled if _is_in_place(n)], _writers(holders)
         if len(changes) != len(written):
             raise UnboundValue("the result is a buffer that is filled in place", node)
         before = [n for n in changes if self.memory.position[n] <= self.memory.position[node]]
@@ -121,6 +125,12 @@ def _writes(node: fx.Node) -> bool:
     return called.endswith("_") and not called.endswith("__") or called in _IN_PLACE
 
 
+def _writers(holders: list[fx.Node]) -> list[fx.Node]:
+    """Calls of Dynamo's graph that write the tensor which these nodes hold, in their order."""
+    assigned = {u for n in holders for u in n.users if u.target is operator.setitem and u.args[0] is n}
+    return sorted({n for n in holders if _writes(n)} | assigned)
+
+
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv"}
 
 Build = Callable[[Emitter], tuple[fx.Node, list[tuple[Place, fx.Node]]]]
@@ -132,22 +142,37 @@ def write(place: Place, sites: list[Site], build: Build) -> Written:
     Raises a Refusal, and then the graph is as it was. The caller recompiles the module.
     """
     commits.current().permit()
-    emitter = Emitter(place.node)
+    values: dict[fx.Node, fx.Node] = {}
+    emitter = Emitter(_value(place, values))
     try:
         node, replaced = build(emitter)
-        replaced = [(old, _fitted(emitter, old.node, new)) for old, new in replaced]
-    except Refusal:
-        emitter.undo()
-        raise
+        replaced = [(old, _fitted(emitter, _value(old, values), new)) for old, new in replaced]
     except Exception as error:
         emitter.undo()
+        for made, value in values.items():
+            if value is not made:
+                value.graph.erase_node(value)
+        if isinstance(error, Refusal):
+            raise
         raise Unsupported(f"the operator could not be written: {error}") from error
+    kept = {*emitter.made, *values.values()}
     for old, new in replaced:
         behind = max(old.node, place.node)
         for held in old.names:
-            held.replace_all_uses_with(new, delete_user_cb=lambda u, at=behind: at < u and u not in emitter.made)
-    commits.current().add(sites, [(old.node, new) for old, new in replaced], emitter.made)
+            held.replace_all_uses_with(new, delete_user_cb=lambda u, at=behind: at < u and u not in kept)
+    commits.current().add(sites, [(values[old.node], new) for old, new in replaced], emitter.made)
     return Written(sites[0], place.module, node, twins=sites[1:])
+
+
+def _value(place: Place, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node of a place, or, behind an assignment, a name for what the buffer holds then; noted in ``known``."""
+    node = place.node
+    if node not in known and "example_value" not in node.meta:
+        buffer = place.names[-1]
+        with node.graph.inserting_after(node):
+            known[node] = node.graph.call_function(aten.alias.default, (buffer,))
+        known[node].meta = dict(buffer.meta)
+    return known.setdefault(node, node)
 
 
 def _fitted(e: Emitter, old: fx.Node, new: fx.Node) -> fx.Node:

@@ -16,15 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from dscompile.passes.experts_meanings import Extent, Inverse, Order, Perm, Token
 from dscompile.passes.experts_mlp import Hidden, Product, check_dropout
 from dscompile.passes.experts_rows import Own, Rows, aligned, sums_choices, times
 from dscompile.passes.experts_values import (
     CASTS,
-    Extent,
-    Inverse,
-    Order,
-    Perm,
-    Token,
+    DETERMINISTIC_SCATTER_ADD,
     arg,
     dtype,
     index_of,
@@ -199,7 +196,7 @@ class Combine:
         index, _, adds = placed
         buffer, at = arg(node, 0), self.rows.memory.position[node]
         found = self.indices.read(index, at)
-        written = flow.node if name(node).startswith("scatter") else index
+        written = flow.node if "scatter" in name(node) else index
         if self.indices.shape(index) != self.indices.shape(written)[: 2 if written is flow.node else 1]:
             raise CombineForm("a part of each row is written", node)
         if not is_fresh(buffer) or self.rows.memory.version(buffer, at) or adds and not self.indices.zeros(buffer, at):
@@ -262,6 +259,7 @@ STEPS: dict[str, Callable[[Combine, Flow, fx.Node], Flow]] = {
     "masked_fill": Combine.mask,
     **dict.fromkeys(("index", "index_select", "gather"), Combine.permute),
     **dict.fromkeys(("index_put", "index_copy", "index_add", "scatter", "scatter_add"), Combine.place),
+    DETERMINISTIC_SCATTER_ADD: Combine.place,
     "sum": Combine.sum,
     "mean": Combine.mean,
     **dict.fromkeys(("bmm", "matmul"), Combine.product),

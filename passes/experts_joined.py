@@ -17,6 +17,7 @@ from torch import fx
 from dscompile.passes.emit import Emitter
 from dscompile.passes.experts_bind import Place
 from dscompile.passes.fp8_prepared import Prepared
+from dscompile.passes.graph import called
 from dscompile.passes.refusals import ExpertsApart, SeparateGateUp
 
 aten = torch.ops.aten
@@ -38,10 +39,13 @@ class Joiner:
         self, e: Emitter, place: Place, weights: tuple[fx.Node, ...], swapped: tuple[bool, ...], rows: int
     ) -> fx.Node:
         """``[E, 2F, D]``, gate first, of two weights [E, F, D] (``swapped``: [E, D, F]); raises SeparateGateUp."""
-        reason = self._keep(place, weights, swapped)
+        dtype = weights[0].meta["example_value"].dtype
+        stored = tuple(_stored(w) for w in weights)
+        reason = self._keep(place, stored, swapped)
         if not reason:
             assert self.prepared is not None
-            (both,) = self.prepared.add("gate_up", _by_column if swapped[0] else _by_row, weights)
+            name = "gate_up" if stored == weights else f"gate_up_{str(dtype).removeprefix('torch.')}"
+            (both,) = self.prepared.add(name, partial(_joined, 2 if swapped[0] else 1, dtype), stored)
             size = both.meta["example_value"].nbytes
             self.kept += size
             self.said[place.node] = f"gate and up joined once, {size / 2**20:.1f} MiB kept"
@@ -109,9 +113,18 @@ def _stack(experts: int, swapped: tuple[bool, ...], *parameters: torch.Tensor) -
     )
 
 
-def _by_row(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (torch.cat([gate, up], 1),)
+def _stored(weight: fx.Node) -> fx.Node:
+    """The weight that the model converts in its graph, as its module holds it; any other node itself."""
+    inputs = weight.all_input_nodes
+    if called(weight) not in _CASTS or len(inputs) != 1 or weight.args[:1] != (inputs[0],):
+        return weight
+    before, after = inputs[0].meta.get("example_value"), weight.meta["example_value"]
+    same = isinstance(before, torch.Tensor) and (before.shape, before.device) == (after.shape, after.device)
+    return inputs[0] if same and before.is_floating_point() and after.is_floating_point() else weight
 
 
-def _by_column(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (torch.cat([gate, up], 2),)
+_CASTS = ("to", "float", "bfloat16", "half", "double", "type")
+
+
+def _joined(dim: int, dtype: torch.dtype, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (torch.cat([gate.to(dtype), up.to(dtype)], dim),)

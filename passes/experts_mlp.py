@@ -18,8 +18,14 @@ from typing import Any, TypeAlias
 import sympy
 from torch import fx
 
+from dscompile.passes.experts_meanings import Order, PerExpert
 from dscompile.passes.experts_rows import Rows, Tokens, aligned
-from dscompile.passes.experts_values import Order, PerExpert, arg, dtype, name, option
+from dscompile.passes.experts_values import (
+    arg,
+    dtype,
+    name,
+    option,
+)
 from dscompile.passes.graph import is_tensor
 from dscompile.passes.refusals import ExpertActivation, ExpertDropout, ExpertWeights, GroupEnds, Refusal, Unsupported
 from dscompile.passes.trail import Trail

@@ -19,18 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from dscompile.passes.experts_meanings import Extent, Ids, Inverse, Order, Outside, Perm, Token
 from dscompile.passes.experts_values import (
     CASTS,
     COPIES,
     VIEWS,
-    Extent,
-    Ids,
     Indices,
-    Inverse,
-    Order,
-    Outside,
-    Perm,
-    Token,
     arg,
     dtype,
     index_of,

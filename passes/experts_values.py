@@ -7,6 +7,7 @@ by a table with one rule an operator; a tensor without a rule has no meaning (No
 - ``sort(ids)`` and ``argsort(ids)``: whichever permutation, rows of one expert stay together, experts ascending;
 - ``argsort(perm)``, ``empty[perm] = arange`` and ``scatter(perm, arange)``: the inverse of ``perm``;
 - ``histc(ids, E, 0, E - 1)``, sums of ``one_hot`` or ``ids == arange(E)``, ``scatter_add`` of ones: counts of each id;
+- sums of ones that a ``scatter`` sets at the ids of a top-k, which differ within a row: the same counts;
 - ``cumsum(counts)`` and ``searchsorted(sorted ids, arange(E), right=True)``: the end of each expert's rows.
 
 An id is a number of an expert, 0 or more; ids at or past E belong to no expert. Nothing here is evaluated: a meaning
@@ -17,90 +18,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
+from dscompile.passes.experts_meanings import (
+    Arange,
+    Chosen,
+    Extent,
+    Ids,
+    Inverse,
+    IsExpert,
+    Meaning,
+    Outside,
+    PerExpert,
+    Perm,
+    Token,
+)
 from dscompile.passes.graph import Sizes, argument, assignments, is_tensor
 from dscompile.passes.memory import FRESH, Memory
 from dscompile.passes.refusals import MutatedOperand
-
-Order: TypeAlias = "fx.Node | None"  # of rows: None is flat order, a node is the sort that made the order
-Extent: TypeAlias = "tuple[int, ...]"  # a size under each assignment of the symbolic sizes
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Expert of each row, ``source`` [.., K] holding them in flat order; ``most``: clamped to at most this."""
-
-    source: fx.Node
-    order: Order
-    most: int | None = None
-
-
-@dataclass(frozen=True)
-class Perm:
-    """Flat number of each row of an order."""
-
-    order: fx.Node
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """Place in an order of each flat row."""
-
-    order: fx.Node
-
-
-@dataclass(frozen=True)
-class Token:
-    """Token of each row."""
-
-    order: Order
-    top_k: int
-
-
-@dataclass(frozen=True)
-class Arange:
-    """0, 1, 2, ... as long as ``extent``."""
-
-    extent: Extent
-
-
-@dataclass(frozen=True)
-class PerExpert:
-    """``[E]``: how often each id occurs in ``source``, or (``ends``) the end of each expert's rows in sorted order."""
-
-    source: fx.Node
-    groups: int
-    ends: bool = False
-
-
-@dataclass(frozen=True)
-class IsExpert:
-    """``[.., E]``: whether the row's id is this expert (a one-hot row, of any order)."""
-
-    source: fx.Node
-    groups: int
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Whether the row's id is ``groups`` or more: a row of no expert if there are no more experts than that."""
-
-    source: fx.Node
-    order: Order
-    groups: int
-
-
-Meaning: TypeAlias = Ids | Perm | Inverse | Token | Arange | PerExpert | IsExpert | Outside
 
 # Operators whose result holds the same elements in the same order.
 VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"}
 COPIES = {"contiguous", "clone", "alias", "detach", "lift_fresh_copy"}
 CASTS = {"to", "_to_copy", "type_as"}
+
+# ``out.scatter_add(0, index, src)`` in an order that is the same each time; the operator's sum has a fixed order, too.
+DETERMINISTIC_SCATTER_ADD = "torchtitan::deterministic_scatter_add"
 
 
 def name(node: object) -> str:
@@ -242,7 +189,7 @@ class Indices:
             return None
         if name(node) in CASTS and not _survives(meaning, dtype(node)):
             return None
-        if isinstance(meaning, (PerExpert, IsExpert)) and self.shape(node)[-1:] != self.shape(source)[-1:]:
+        if isinstance(meaning, (PerExpert, IsExpert, Chosen)) and self.shape(node)[-1:] != self.shape(source)[-1:]:
             return None
         if self.count(node) != self.count(source) or source in self._repeated:
             if self.shape(node)[:1] != self.shape(source)[:1] or len(self.shape(node)) != len(self.shape(source)):
@@ -307,7 +254,7 @@ class Indices:
         """``buffer[perm] = arange``: the inverse; ``zeros.scatter_add(ids, ones)``: counts."""
         placed = placed_values(node)
         if placed is None:
-            return None
+            return self.chosen(node, at)
         where, values, adds = placed
         index = self.read(where, at)
         if isinstance(index, Perm) and not adds and isinstance(self.read(values, at), Arange):
@@ -319,6 +266,19 @@ class Indices:
             groups = set(self.count(node))
             return PerExpert(ids.source, groups.pop()) if len(groups) == 1 == len(self.shape(node)) else None
         return None
+
+    def chosen(self, node: fx.Node, at: int) -> Meaning | None:
+        """``zeros[.., E].scatter(-1, ids[.., K], 1)`` of the ids of a top-k: those of one row differ."""
+        if name(node) != "scatter" or len(node.args) != 4 or node.kwargs:
+            return None
+        buffer, dim, index, value = (arg(node, i) for i in range(4))
+        if not self.zeros(buffer, at) or is_tensor(value) or value not in (True, 1):
+            return None
+        ids, wide = self.ids(index, at), self.shape(node)
+        if ids is None or ids.order is not None or ids.most is not None or dim % len(wide) != len(wide) - 1:
+            return None
+        rows = self.shape(index)[-1:] == self.shape(ids.source)[-1:] and len(set(wide[-1])) == 1
+        return Chosen(ids.source, wide[-1][0]) if rows and self.below(ids.source, wide[-1][0]) else None
 
     def zeros(self, node: object, time: int) -> bool:
         """True for a fresh buffer of zeros that nothing wrote before ``time``."""
@@ -359,10 +319,10 @@ class Indices:
         return IsExpert(ids.source, experts.extent[0]) if apart else None
 
     def total(self, node: fx.Node, at: int) -> Meaning | None:
-        """The sum of one-hot rows over every row."""
+        """The sum of one-hot rows, or of those of each token, over every row."""
         hot = None if arg(node, 0) in self._repeated else self.read(arg(node, 0), at)
         kept = self.shape(node)
-        whole = isinstance(hot, IsExpert) and len(kept) == 1 and set(kept[0]) == {hot.groups}
+        whole = isinstance(hot, (IsExpert, Chosen)) and len(kept) == 1 and set(kept[0]) == {hot.groups}
         rank = len(self.shape(arg(node, 0)))
         dims = {int(d) % rank for d in (option(node, 1, "dim") or [])}
         return PerExpert(hot.source, hot.groups) if whole and rank - 1 not in dims else None
@@ -437,6 +397,8 @@ def placed_values(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     plain = len(node.args) == 4 and not node.kwargs and arg(node, 1) == 0 and is_tensor(arg(node, 3))
     if kind in ("scatter", "scatter_add", "index_copy", "index_add") and plain:
         return arg(node, 2), arg(node, 3), kind.endswith("add")
+    if kind == DETERMINISTIC_SCATTER_ADD:
+        return arg(node, 1), arg(node, 2), True
     return None
 
 
@@ -467,7 +429,7 @@ def _holds_integers(kind: torch.dtype) -> bool:
 
 def _survives(meaning: Meaning, kind: torch.dtype) -> bool:
     """Whether a cast to ``kind`` changes none of the values."""
-    if isinstance(meaning, (Outside, IsExpert)):
+    if isinstance(meaning, (Outside, IsExpert, Chosen)):
         return kind not in (torch.int8, torch.uint8)
     if isinstance(meaning, PerExpert):
         return kind in (torch.int32, torch.int64, torch.float32, torch.float64)

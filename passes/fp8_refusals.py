@@ -33,8 +33,9 @@ class OpaqueKernel(Refusal):
     """An FP8 tensor is read by a kernel or operator whose arithmetic is not known."""
 
     hint = (
-        "nothing is read off a kernel's name: call torch.nn.functional.scaled_mm with block recipes, or for "
-        "transformers dscompile.adapters.hf_fp8.install(replace=True)"
+        "nothing is read off a kernel's name: declare and check it with "
+        "dscompile.register_fp8_pair(quantize, multiply), call torch.nn.functional.scaled_mm with "
+        "block recipes, or for transformers dscompile.adapters.hf_fp8.install(replace=True)"
     )
 
 

@@ -36,7 +36,10 @@ def _dequantize(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor) -
 
 
 def _before_casts(node: fx.Node) -> fx.Node:
-    """The scales as the module holds them: adapters convert them to float32 in the graph."""
+    """The scales as the module holds them: adapters convert them to float32 in the graph. Roundings stay."""
     while called(node) in ("to", "float", "detach") and isinstance(node.args[0], fx.Node):
+        (held, kept) = (n.meta["example_value"].dtype for n in (node.args[0], node))
+        if kept not in (held, torch.float32) or (held, kept) == (torch.float64, torch.float32):
+            break
         node = node.args[0]
     return node

@@ -6,7 +6,8 @@ After:   fp8_linear(q, K-block-major s_a, w^T, s_b^T, bias)
 Both are sum over K blocks of (q_m . q_n) s_a[m, k] s_b[k, n]: *exact*, up to the order of a float32 sum. What the
 scales mean is fixed by the recipe and their shapes, not by their strides, so the layout the kernel reads is made from
 them by a transpose, which is free where they lie as cuBLAS wants them. Kernels that adapters put in place arrive as
-``dsinfra`` operators already and are only reported.
+``dsinfra`` operators already and are only reported. Kernels of the user's that were declared to be such a product, and
+checked (``fp8_pairs``), are taken like torch's, with the quantiser in front of them if it was declared too.
 
 This pass runs on Dynamo's graph before its shadow is made: every decision is local to a call, and what follows (MLA
 over FP8 projections) sees the operators. It also looks at every other read of an FP8 tensor and says why no kernel
@@ -26,10 +27,10 @@ from torch.nn.functional import ScalingType
 
 from dscompile.lowering import select
 from dscompile.lowering.block_scales import BLOCK, FP8
-from dscompile.passes import commits
+from dscompile.passes import commits, fp8_pairs
 from dscompile.passes.emit import Emitter
 from dscompile.passes.fp8_reads import FP8_DTYPES, is_fp8, refused_reads
-from dscompile.passes.fp8_refusals import PerTensorScale, WrongBlocks, WrongFormat
+from dscompile.passes.fp8_refusals import OpaqueKernel, PerTensorScale, WrongBlocks, WrongFormat
 from dscompile.passes.fp8_roles import weight_of
 from dscompile.passes.graph import called, module_path, source_line
 from dscompile.passes.record import PassRecord, Site
@@ -75,7 +76,7 @@ def run(module: fx.GraphModule) -> tuple[PassRecord, Found]:
         if isinstance(child, fx.GraphModule):
             for node in list(child.graph.nodes):
                 name = called(node)
-                if name in _SCALED:
+                if name in _SCALED or fp8_pairs.product_of(node) is not None:
                     found.append(_rewritten(child, node, name))
                 elif operator_name(node) in KINDS:
                     found.append((_reported(node), node))
@@ -94,7 +95,7 @@ def settle(found: Found, up_projections: set[fx.Node]) -> None:
 
 def _understood(node: fx.Node) -> bool:
     """True if a read of an FP8 tensor by this node is no loose end: an operator of ours, or reported above."""
-    return operator_name(node) != "" or called(node) in _SCALED
+    return operator_name(node) != "" or called(node) in _SCALED or fp8_pairs.product_of(node) is not None
 
 
 # ------------------------------------------------------------------ torch's scaled products
@@ -110,14 +111,19 @@ _SCALED = {"_scaled_mm": _V1, "_scaled_mm_v2": _V2}
 
 
 def _rewritten(module: fx.GraphModule, node: fx.Node, name: str) -> tuple[Site, fx.Node]:
-    site = Site("fp8_linear", module_path(node), source_line(node), True, form=f"torch.{name}, 1x128 by 128x128 blocks")
+    pair = fp8_pairs.product_of(node)
+    form = f"torch.{name}" if pair is None else f"{name}, declared to be"
+    site = Site("fp8_linear", module_path(node), source_line(node), True, form=f"{form}, 1x128 by 128x128 blocks")
     emitter, trail = Emitter(node), Trail("a product of rows scaled by 1 x 128 and a weight by 128 x 128")
     try:
-        arguments = _arguments(node, _SCALED[name])
-        if name == "_scaled_mm_v2":
-            arguments = _one_level(arguments, node)
-            trail.holds("the recipe says blocks of 1 x 128 and 128 x 128, with one level of scales")
-        replacement = _written(emitter, node, arguments, trail)
+        if pair is not None:
+            product, replacement = _declared(emitter, node, pair, trail)
+        else:
+            arguments = _arguments(node, _SCALED[name])
+            if name == "_scaled_mm_v2":
+                arguments = _one_level(arguments, node)
+                trail.holds("the recipe says blocks of 1 x 128 and 128 x 128, with one level of scales")
+            product = replacement = _written(emitter, node, arguments, trail)
     except Refusal as refusal:
         emitter.undo()
         return trail.into(_refused(site, node, refusal)), node
@@ -129,8 +135,8 @@ def _rewritten(module: fx.GraphModule, node: fx.Node, name: str) -> tuple[Site, 
     commits.current().erase(node)  # pure, and without readers now
     module.graph.lint()
     module.recompile()
-    choose(site, replacement)
-    return trail.into(site), replacement
+    choose(site, product)
+    return trail.into(site), product
 
 
 def _one_level(arguments: dict[str, object], node: fx.Node) -> dict[str, object]:
@@ -219,6 +225,61 @@ def _block_major(e: Emitter, scale: fx.Node, rows: int | torch.SymInt) -> fx.Nod
     if scale.meta["example_value"].shape[0] == 1:  # any stride of the single row is contiguous to torch
         return e.call(aten.unsqueeze.default, e.call(aten.squeeze.dim, scale, 0), 0)
     return e.call(aten.contiguous.default, scale)
+
+
+# ------------------------------------------------------------------ products that were declared
+
+
+def _declared(e: Emitter, node: fx.Node, pair: fp8_pairs.Fp8Pair, trail: Trail) -> tuple[fx.Node, fx.Node]:
+    """(``fp8_linear``, its result in the shape of the call's) in front of the call; raises a Refusal."""
+    found = fp8_pairs.operands(node, pair)
+    if found is None:
+        raise OpaqueKernel(f"`{called(node)}` has other arguments than it was checked with", node)
+    a, a_s, b, b_s = found
+    x, s_x, w, s_w = (_value(n) for n in found)
+    if any(t.device.type != pair.device for t in (x, s_x, w, s_w)):
+        raise OpaqueKernel(f"`{called(node)}` was checked on {pair.device}, and runs on {x.device}", node)
+    _check_declared(node, x, s_x, w, s_w)
+    trail.holds("both operands are e4m3, with a float32 scale for each block")
+    commits.current().permit()
+    quantize = a.args[0] if a.target is operator.getitem else None
+    rows = fp8_pairs.quantized(quantize, pair)
+    if rows is not None and (a.args, a_s.args, a_s.target) == ((quantize, 0), (quantize, 1), operator.getitem):
+        trail.holds("its rows are what the quantiser of the pair made")
+        before = Emitter(quantize)  # where the quantiser reads x: it may be written later
+        before.made = e.made
+        flat = before.call(aten.flatten.using_ints, rows, 0, -2) if len(x.shape) > 2 else rows
+        both = before.call(torch.ops.dsinfra.quantize_1x128.default, flat)
+        values, scales = before.item(both, 0), before.item(both, 1)
+    else:
+        values = e.call(aten.flatten.using_ints, a, 0, -2) if len(x.shape) > 2 else a
+        scales = e.call(aten.flatten.using_ints, a_s, 0, -2) if len(x.shape) > 2 else a_s
+        scales = _block_major(e, e.call(aten.t.default, scales), values.meta["example_value"].shape[0])
+    dtype = _value(node).dtype
+    w_scale = e.call(aten.contiguous.default, b_s)
+    product = e.call(torch.ops.dsinfra.fp8_linear.default, values, scales, b, w_scale, None, dtype)
+    if len(x.shape) == 2:
+        return product, product
+    sizes = [e.size(a, dim) for dim in range(len(x.shape) - 1)]
+    return product, e.call(aten.view.default, product, [*sizes, w.shape[0]])
+
+
+def _check_declared(node: fx.Node, x: torch.Tensor, s_x: torch.Tensor, w: torch.Tensor, s_w: torch.Tensor) -> None:
+    """Refuses unless the tensors are laid out as those that the pair was checked with."""
+    if (x.dtype, w.dtype) != (FP8, FP8):
+        raise WrongFormat(f"the operands are {x.dtype} and {w.dtype}; the kernels multiply {FP8}", node)
+    fits = len(x.shape) >= 2 and len(w.shape) == 2 and isinstance(x.shape[-1], int) and x.shape[-1] % BLOCK == 0
+    scales = fits and (tuple(s_x.shape[-1:]), tuple(s_w.shape)) == (
+        (x.shape[-1] // BLOCK,),
+        (-(-w.shape[0] // BLOCK), x.shape[-1] // BLOCK),
+    )
+    lead = scales and len(s_x.shape) == len(x.shape) and all(map(_static, s_x.shape[:-1], x.shape[:-1]))
+    if not lead or (s_x.dtype, s_w.dtype) != (torch.float32, torch.float32) or w.shape[1] != x.shape[-1]:
+        raise WrongBlocks(
+            f"scales {list(s_x.shape)} {s_x.dtype} and {list(s_w.shape)} {s_w.dtype} for {list(x.shape)} by "
+            f"{list(w.shape)}",
+            node,
+        )
 
 
 # ------------------------------------------------------------------ the report

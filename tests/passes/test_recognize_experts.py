@@ -29,7 +29,7 @@ FORMS = {
     "batched_in_out_bias": Layer(products="batched", stored="in_out", bias=True),
     "argsort": Layer(sort="argsort"),
     "stable_argsort": Layer(sort="stable"),
-    **{f"counts_{form}": Layer(counts=form) for form in ("one_hot", "equal", "scatter_add", "searchsorted")},
+    **{f"counts_{form}": Layer(counts=form) for form in ("one_hot", "equal", "scatter_add", "chosen", "searchsorted")},
     **{f"gather_{form}": Layer(gather=form) for form in ("index_select", "gather", "repeated")},
     **{f"unsort_{form}": Layer(unsort=form) for form in ("argsort", "scatter", "rows", "index_add", "scatter_add")},
     **{f"weigh_{form}": Layer(weigh=form) for form in ("flat", "bmm", "einsum")},
@@ -43,6 +43,7 @@ FORMS = {
     "one_choice": Layer(top_k=1),
     "one_choice_flat": Layer(top_k=1, weigh="flat"),
     "one_choice_added": Layer(top_k=1, unsort="index_add"),
+    "one_choice_placed": Layer(top_k=1, unsort="rows"),
     "one_choice_batched": Layer(top_k=1, products="batched"),
     "all_experts": Layer(top_k=5),
 }
@@ -186,6 +187,77 @@ def test_bins_up_to_the_number_of_experts() -> None:
     idx = torch.tensor([[0, 4], [4, 2], [1, 3], [3, 0]])
     refused = only(same_as_eager(toy(Given), (randn(4, D), idx, randn(4, 2, seed=3))))
     assert refused.refusal == "GroupEnds"
+
+
+class Given(ToyExperts):
+    """Ids and weights are arguments: nothing is known of them."""
+
+    def forward(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, idx, weight)
+
+
+def test_ones_at_ids_that_may_occur_twice_count_them_once() -> None:
+    """A top-k's ids differ within a row; those of an argument may not, and then one row of x is left out."""
+    idx = torch.tensor([[0, 1], [4, 2], [1, 3], [3, 0]])
+    call = (randn(4, D), idx, randn(4, 2, seed=3))
+    refused = only(same_as_eager(toy(partial(Given, Layer(counts="chosen"))), call))
+    assert refused.refusal == "GroupEnds"
+
+
+@pytest.mark.parametrize("wrong", ["dim", "value", "filled"])
+def test_ones_set_otherwise_are_no_counts(wrong: str) -> None:
+    class Other(ToyExperts):
+        def ends(self, idx_TK: torch.Tensor, ids_M: torch.Tensor) -> torch.Tensor:
+            T, E = idx_TK.shape[0], self.E
+            if wrong == "dim":
+                counts = torch.zeros(E, T, dtype=torch.int64).scatter_(0, idx_TK.t(), 1).t().sum(0)
+                counts = torch.zeros(T, E, dtype=torch.int64).scatter_(0, idx_TK % T, 1).sum(0) * 0 + counts
+            elif wrong == "value":
+                counts = torch.zeros(T, E, dtype=torch.int64).scatter_(1, idx_TK, 2).sum(0) // 2
+            else:
+                counts = torch.zeros(T, E, dtype=torch.int64).fill_(0).scatter_(1, idx_TK, 1).sum(0)
+            return counts.cumsum(0, dtype=torch.int32)
+
+    refused = only(same_as_eager(toy(Other)))
+    assert refused.refusal in ("GroupEnds", "MutatedOperand"), refused
+
+
+def test_one_choice_placed_into_the_result_itself() -> None:
+    """`y[perm] = z` has no node of its own in Dynamo's graph: the value is named behind it."""
+
+    class Placed(ToyExperts):
+        def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+            y = torch.empty_like(x)
+            y[perm] = z * weight_TK.reshape(-1)[perm].unsqueeze(-1)
+            return y
+
+    site = only(same_as_eager(toy(partial(Placed, Layer(top_k=1))), train=True, inner=LEFT_ALONE))
+    assert site.matched, site
+
+    class Twice(Placed):
+        def combine(self, z, weight_TK, perm, x):  # type: ignore[no-untyped-def]
+            y = super().combine(z, weight_TK, perm, x)
+            y[0] = 1
+            return y
+
+    assert only(same_as_eager(toy(partial(Twice, Layer(top_k=1))))).refusal == "UnboundValue"
+
+
+def test_weights_that_the_graph_converts_are_joined_once() -> None:
+    """Gate and up stored in float32 and multiplied in float64: the joined copy is of the values multiplied."""
+
+    class Converted(ToyExperts):
+        def mlp(self, rows, product, ids):  # type: ignore[no-untyped-def]
+            gate, up = product(rows, self.w_gate.double()), product(rows, self.w_up.to(torch.float64))
+            return product(self.activate(gate, up), self.w_down)
+
+    def build() -> nn.Module:
+        module = toy(partial(Converted, Layer(weights="apart")))()
+        module.w_gate.data, module.w_up.data = module.w_gate.data.float(), module.w_up.data.float()
+        return module
+
+    site = only(same_as_eager(build))
+    assert site.matched and site.decision.startswith("gate and up joined once"), site
 
 
 @pytest.mark.parametrize("stored", ["out_in", "in_out"])

@@ -22,12 +22,18 @@ class SharedToy(ToyExperts):
         return x_BSD + (routed + self.down(self.up(x_BSD).relu()))
 
 
+class WideToy(SharedToy):
+    """Of a width whose rows in 16 bits are aligned, as grouped products on a GPU need them."""
+
+    D, F = 256, 128
+
+
 class Stack(nn.Module):
     """Layers one after the other, or side by side (which ranks could exchange in different orders)."""
 
-    def __init__(self, layers: int, beside: bool = False):
+    def __init__(self, layers: int, beside: bool = False, kind: type[SharedToy] = SharedToy):
         super().__init__()
-        self.layers = nn.ModuleList(SharedToy() for _ in range(layers))
+        self.layers = nn.ModuleList(kind() for _ in range(layers))
         self.beside = beside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,13 +44,17 @@ class Stack(nn.Module):
         return x
 
 
-def build(layers: int = 1, beside: bool = False, dtype: torch.dtype = torch.float64) -> Stack:
+def build(
+    layers: int = 1, beside: bool = False, dtype: torch.dtype = torch.float64, kind: type[SharedToy] = SharedToy
+) -> Stack:
     """The same weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Stack(layers, beside).to(dtype)
+        return Stack(layers, beside, kind).to(dtype)
 
 
-def rows(seed: int, batch: int, length: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def rows(
+    seed: int, batch: int, length: int, dtype: torch.dtype = torch.float64, kind: type[SharedToy] = SharedToy
+) -> torch.Tensor:
     """x [B, S, D]."""
-    return torch.randn(batch, length, SharedToy.D, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(batch, length, kind.D, generator=torch.Generator().manual_seed(seed), dtype=dtype)

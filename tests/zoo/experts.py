@@ -24,7 +24,7 @@ class Layer:
     top_k: int = 2
     products: Literal["grouped", "batched"] = "grouped"
     sort: Literal["sort", "argsort", "stable"] = "sort"
-    counts: Literal["histc", "one_hot", "equal", "scatter_add", "searchsorted"] = "histc"
+    counts: Literal["histc", "one_hot", "equal", "scatter_add", "chosen", "searchsorted"] = "histc"
     gather: Literal["index", "index_select", "gather", "repeated"] = "index"
     unsort: Literal["index_put", "argsort", "scatter", "rows", "index_add", "scatter_add"] = "index_put"
     weigh: Literal["sorted", "flat", "bmm", "einsum"] = "sorted"
@@ -105,6 +105,9 @@ class ToyExperts(nn.Module):
             counts = torch.histc(ids_M.float(), bins=E, min=0, max=E - 1)
         elif form == "one_hot":
             counts = F.one_hot(idx_TK, E).sum((0, 1))
+        elif form == "chosen":
+            chosen = torch.zeros(*idx_TK.shape[:-1], E, dtype=torch.bool)
+            counts = chosen.scatter_(-1, idx_TK, True).sum(tuple(range(idx_TK.dim() - 1)))
         elif form == "equal":
             counts = (idx_TK.reshape(-1, 1) == torch.arange(E)).sum(0)
         else:

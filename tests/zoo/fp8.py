@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import ScalingType
 
+from dscompile.passes.fp8_pairs import register_fp8_pair
 from tests.zoo import hf
 from tests.zoo.case import MICRO_SIZE, Precision, Size
 
@@ -180,3 +181,26 @@ class KernelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values, scale = act_quant(x.contiguous(), 128)
         return fp8_gemm(values, scale, self.weight, self.scale)
+
+
+def declared_act_quant(x: torch.Tensor, block_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """As DeepSeek's function that launches a kernel; a block of zeros gives NaN there, too."""
+    return act_quant(x, block_size)
+
+
+def declared_fp8_gemm(a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor) -> torch.Tensor:
+    """As DeepSeek's function that launches a kernel."""
+    return fp8_gemm(a, a_s, b, b_s)
+
+
+def declare(device: str) -> None:
+    """What a user adds to a model that calls them."""
+    register_fp8_pair(declared_act_quant, declared_fp8_gemm, device=torch.device(device).type)
+
+
+class DeclaredLinear(KernelLinear):
+    """The same over the two functions that `declare` declares."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, scale = declared_act_quant(x.contiguous(), 128)
+        return declared_fp8_gemm(values, scale, self.weight, self.scale)

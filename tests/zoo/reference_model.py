@@ -114,7 +114,9 @@ def build(form: str, quantised: bool, precision: Precision, size: Size = MICRO_S
                 module.weight.data = fp8.dequantized(values, scale)
             else:
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, fp8.KernelLinear.of(values, scale))
+                setattr(model.get_submodule(parent), child, fp8.DeclaredLinear.of(values, scale))
+    if quantised:
+        fp8.declare(size.device)
     return model.to(size.device)
 
 
