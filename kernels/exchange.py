@@ -36,7 +36,8 @@ class Spec:
 
     world: ranks. capacity: the most tokens a rank has. width: columns of a token. experts: of all ranks together; rank
     r holds experts r * L to (r + 1) * L, L = experts / world. dtype: of tokens and results, "bfloat16" or "float16".
-    quantized: whether dispatch sends e4m3 with a scale for 128 columns. index: dtype of the ids, "int64" or "int32".
+    quantized: whether dispatch sends e4m3 with a scale for 128 columns; prequantized: whether it is given them so, or
+    quantises `dtype` itself. index: dtype of the ids, "int64" or "int32".
     """
 
     world: int
@@ -47,6 +48,7 @@ class Spec:
     dtype: str = "bfloat16"
     quantized: bool = False
     index: str = "int64"
+    prequantized: bool = False
 
     @property
     def local_experts(self) -> int:
@@ -69,8 +71,13 @@ class Spec:
 
     @property
     def input_bytes(self) -> int:
-        """Of a token."""
+        """Of a result, and of a token that isn't given quantised."""
         return self.width * 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token as dispatch is given it."""
+        return self.row_bytes if self.prequantized else self.input_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -89,8 +96,9 @@ class Spec:
 
     @property
     def sender_bytes(self) -> int:
-        """Shared memory of a warp that sends tokens: the token and, quantised, the row and its scales."""
-        return _up(self.input_bytes + (self.row_bytes + self.scale_bytes if self.quantized else 0), 128)
+        """Shared memory of a warp that sends tokens: the token, the row where the kernel quantises, its scales."""
+        row = self.row_bytes if self.quantized and not self.prequantized else 0
+        return _up(self.token_bytes + row + self.scale_bytes, 128)
 
     @property
     def return_bytes(self) -> int:
@@ -122,6 +130,8 @@ def refusal(spec: Spec) -> str | None:
             f"Tokens are {spec.dtype}, ids {spec.index}. The kernels move 16-bit tokens and int64 or int32 ids. "
             "Convert them."
         )
+    if spec.prequantized and not spec.quantized:
+        return "Tokens are given quantised and sent in 16 bits. Dispatch doesn't dequantise. Set `quantized` too."
     unit = BLOCK if spec.quantized else 8
     if spec.width <= 0 or spec.width % unit:
         return (

@@ -47,6 +47,7 @@ class _Job(ctypes.Structure):
         ("timeout_ns", ctypes.c_uint64),
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
+        ("x_scale", ctypes.c_void_p),
         *(
             (name, ctypes.c_void_p)
             for name in ("topk_idx", "topk_weight", "place", "counts", "source_token", "arrived")
@@ -123,6 +124,7 @@ def program(spec: Spec) -> tuple[dict[str, str], tuple[str, ...]]:
         "TOP_K": spec.top_k,
         "LOCAL_EXPERTS": spec.local_experts,
         "QUANTIZED": int(spec.quantized),
+        "PREQUANTIZED": int(spec.prequantized),
         "BFLOAT16": int(spec.dtype == "bfloat16"),
         "INDEX": "i64" if spec.index == "int64" else "int",
         "FEW_TOKENS": FEW_TOKENS,
@@ -207,17 +209,19 @@ def dispatch_start(
     topk_weight: torch.Tensor | None,
     *,
     ctas: int,
+    scale: torch.Tensor | None = None,
     planning: bool = False,
     overlapped: bool = False,
 ) -> None:
-    """Send x [T, D] of the spec's dtype to the ranks of its experts.
+    """Send x [T, D] of the spec's dtype, or e4m3 and its scale [D / 128, T_pad], to the ranks of its experts.
 
     topk_idx [T, K], topk_weight float32 [T, K]: sent along; both None to send rows alone by a plan that the receivers
     know. planning: the kernel makes the plan, of at most FEW_TOKENS tokens. overlapped: behind `make_plan`, which then
     may still run. Raises BadArguments.
     """
     spec = slot.spec
-    _check_rows("x", x, spec, spec.capacity)
+    _check_rows("x", x, spec, spec.capacity, dtype="float8_e4m3fn" if spec.prequantized else spec.dtype)
+    _check_scale(spec, scale, len(x))
     if topk_idx is not None:
         _check_index(spec, topk_idx, len(x))
         if topk_weight is None or topk_weight.dtype != torch.float32 or topk_weight.shape != topk_idx.shape:
@@ -230,7 +234,8 @@ def dispatch_start(
     if planning and len(x) > FEW_TOKENS:
         raise BadArguments(f"x is {list(x.shape)}. The kernel plans {FEW_TOKENS} tokens at most. Call make_plan first.")
     name = "dispatch_start_planning" if planning else "dispatch_start"
-    fields = dict(x=x, x_stride=x.stride(0) * 2, topk_idx=topk_idx, topk_weight=topk_weight, tokens=len(x))
+    rows = dict(x=x, x_stride=x.stride(0) * x.element_size(), x_scale=scale, tokens=len(x))
+    fields = dict(rows, topk_idx=topk_idx, topk_weight=topk_weight)
     _launch(slot, name, ctas, overlapped=overlapped, **fields, **vars(plan))
 
 
@@ -266,7 +271,7 @@ def combine_start(
 
     frees_stage: what arrived by dispatch has been read by everything before in the stream.
     """
-    _check_rows("y", y, slot.spec, slot.spec.rows, exactly=True)
+    _check_rows("y", y, slot.spec, slot.spec.rows, dtype=slot.spec.dtype, exactly=True)
     fields = dict(x=y, x_stride=y.stride(0) * 2, source_token=source_token, arrived=counts, extra=extra)
     _launch(slot, "combine_start", ctas, chunks=chunks, frees_stage=int(frees_stage), **fields)
 
@@ -301,13 +306,27 @@ def _told(tensor: torch.Tensor | None) -> str:
     return "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
 
 
-def _check_rows(name: str, rows: torch.Tensor, spec: Spec, most: int, *, exactly: bool = False) -> None:
-    wanted = f"[{most if exactly else f'at most {most}'}, {spec.width}] {spec.dtype}"
+def _check_rows(name: str, rows: torch.Tensor, spec: Spec, most: int, *, dtype: str, exactly: bool = False) -> None:
+    wanted = f"[{most if exactly else f'at most {most}'}, {spec.width}] {dtype}"
     fits = rows.dim() == 2 and rows.shape[1] == spec.width and (rows.shape[0] == most or not exactly)
-    if not fits or rows.shape[0] > most or rows.dtype != getattr(torch, spec.dtype):
+    if not fits or rows.shape[0] > most or rows.dtype != getattr(torch, dtype):
         raise BadArguments(f"{name} is {_told(rows)}. The exchange was set up for {wanted}. Pass such rows.")
-    if rows.numel() and (rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16):
+    bytes_apart = rows.stride(0) * rows.element_size()
+    if rows.numel() and (rows.stride(1) != 1 or bytes_apart % 16 or rows.data_ptr() % 16):
         raise BadArguments(f"{name} is {_told(rows)}. Bulk copies move rows at multiples of 16 bytes. Copy it so.")
+
+
+def _check_scale(spec: Spec, scale: torch.Tensor | None, tokens: int) -> None:
+    if not spec.prequantized and scale is None:
+        return
+    shape = (spec.blocks, -(-tokens // 4) * 4)
+    fits = scale is not None and scale.dtype == torch.float32 and scale.shape == shape and scale.is_contiguous()
+    if not spec.prequantized or not fits:
+        wanted = f"a contiguous float32 scale {list(shape)}" if spec.prequantized else "no scale"
+        raise BadArguments(
+            f"scale is {_told(scale)} for {tokens} tokens. The exchange was set up for {wanted} beside rows. Pass what "
+            "quantize_1x128 returns, or set it up for such rows."
+        )
 
 
 def _check_index(spec: Spec, topk_idx: torch.Tensor, tokens: int | None = None) -> None:

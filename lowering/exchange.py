@@ -9,10 +9,12 @@ from, -1 where a row is unused, then the number of rows from each rank.
     dispatch:  rows[s*capacity + plan_s[t,w]] at rank w  =  x[t] of rank s
     combine:   y[t] at rank s  =  sum over w of rows[s*capacity + plan_s[t,w]] at rank w, in float32, w counted up
 
-Both directions begin with ``start``, which returns an *inbox* (the tensor that is being filled), and end with ``wait``.
-:class:`Exchange` is what an implementation has; `table("exchange")` orders them by `supports(group, device)`, so that a
-faster one is registered in front of ``all_to_all``. That one packs rows, ids and weights into one padded equal-split
-`all_to_all_single` a direction, over whatever collectives the group has (gloo, NCCL). Nothing is read on the host.
+Both directions begin with ``start``, which returns an *inbox* (the tensor that is being filled, or one that stands for
+memory that is), and end with ``wait``. :class:`Exchange` is what an implementation has; `table("exchange")` orders them
+by `supports(spec, payload)`, which all ranks must answer alike. ``symmetric`` (`lowering.exchange_symmetric`) is in
+front of ``all_to_all``, which packs rows, ids and weights into one padded equal-split `all_to_all_single` a direction,
+over whatever collectives the group has (gloo, NCCL). Plans and `arrived` are the same in both. Nothing is read on the
+host.
 """
 
 from __future__ import annotations
@@ -56,40 +58,62 @@ class Spec:
         return self.group.size * self.capacity
 
 
+class Payload(NamedTuple):
+    """What an exchange moves: rows [_,width] of a dtype, and (K, dtype) of what is beside each.
+
+    routing: of ids and weights where tokens find their experts, of weights alone where their gradients come back.
+    """
+
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    routing: tuple[tuple[int, torch.dtype], ...] = ()
+
+    @staticmethod
+    def of(rows: Tensor, *beside: Tensor | None) -> Payload:
+        routing = tuple((part.shape[1], part.dtype) for part in beside if part is not None)
+        return Payload(rows.shape[1], rows.dtype, rows.device, routing)
+
+
 Inbox = tuple[tuple[int, ...], torch.dtype]
 
 
 class Arrived(NamedTuple):
-    """What a dispatch brought: rows [M,D] and, where routing was sent, ids [M,K] int32, weights [M,K] and `arrived`.
+    """What a dispatch brought: rows [M,D], ids [M,K] int32, weights [M,K] and `arrived` [M+W] int32.
 
     Ids are those of this rank's experts, -1 where a choice is another rank's and all over rows that are unused, whose
-    `rows` may hold anything. `arrived` [M+W] is int32.
+    `rows` may hold anything.
     """
 
     rows: Tensor
-    ids: Tensor | None = None
-    weights: Tensor | None = None
-    arrived: Tensor | None = None
+    ids: Tensor
+    weights: Tensor
+    arrived: Tensor
 
 
 class Exchange(Protocol):
-    """An implementation. T tokens, D width, K choices, W ranks, M = W*capacity rows; W in the order of the group."""
+    """An implementation. T tokens, D width, K choices, W ranks, M = W*capacity rows; W in the order of the group.
 
-    def inbox(self, width: int, dtype: torch.dtype, routing: Sequence[tuple[int, torch.dtype]], spec: Spec) -> Inbox:
-        """Shape and dtype of what a `start` returns, for rows [_, width] of `dtype` and, beside each, (K, dtype) of ids
-        and weights. Called at trace time too: it reads nothing else."""
+    A `wait` is given what its `start` was, for shapes and to keep its memory until here.
+    """
 
-    def plan(self, topk_idx: Tensor, spec: Spec) -> Tensor:
-        """[T,K] expert ids, those outside [0,E) of nobody -> [T+1,W] int32."""
+    def inbox(self, payload: Payload, spec: Spec) -> Inbox:
+        """Shape and dtype of what a `start` returns. Called at trace time too: it reads nothing else."""
 
-    def dispatch_start(
-        self, x: Tensor, plan: Tensor, topk_idx: Tensor | None, topk_weight: Tensor | None, spec: Spec
-    ) -> Tensor:
-        """Begin to send x [T,D] and, if given, ids [T,K] and weights [T,K] (both or none). T <= capacity. -> inbox"""
+    def dispatch_start(self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        """Begin to send x [T,D], ids [T,K], those outside [0,E) of nobody, and weights [T,K]; T <= capacity. -> plan,
+        inbox"""
 
-    def dispatch_wait(self, inbox: Tensor, x: Tensor, topk_weight: Tensor | None, spec: Spec) -> Arrived:
-        """Wait for every rank's rows. `x` and `topk_weight` are those of `dispatch_start`, for shapes and to keep their
-        memory until here."""
+    def dispatch_wait(
+        self, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec
+    ) -> Arrived:
+        """Wait for every rank's rows."""
+
+    def redispatch_start(self, x: Tensor, plan: Tensor, spec: Spec) -> Tensor:
+        """Begin to send rows alone along a plan. -> inbox"""
+
+    def redispatch_wait(self, inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, spec: Spec) -> Tensor:
+        """-> rows [M,D]. `arrived` is what the dispatch that made the plan brought."""
 
     def combine_start(
         self, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
@@ -97,15 +121,21 @@ class Exchange(Protocol):
         """Begin to send rows [M,D], and weights [M,K] if given, back to where they came from. -> inbox"""
 
     def combine_wait(
-        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, spec: Spec
+        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
     ) -> tuple[Tensor, Tensor | None]:
         """-> y [T,D] in the dtype of rows, and the sum of weights [T,K] alike. Rows that the plan doesn't name are
         never read: they may be NaN."""
 
 
-def choose(group: Group, device: torch.device) -> Exchange:
-    """The implementation for a group on this kind of device."""
-    return table("exchange").choose((group, device))[0].run(group, device)
+def choose(spec: Spec, payload: Payload) -> Exchange:
+    """The implementation for what is moved."""
+    return table("exchange").choose((spec, payload))[0].run(spec, payload)
+
+
+def chosen(spec: Spec, payload: Payload) -> tuple[str, str]:
+    """(name of the implementation, why not the one in front of it), for reports."""
+    implementation, skipped = table("exchange").choose((spec, payload))
+    return implementation.name, "; ".join(f"not {name}: {reason}" for name, reason in skipped)
 
 
 def place_tokens(topk_idx: Tensor, spec: Spec) -> Tensor:
@@ -149,37 +179,37 @@ def _with_row(x: Tensor, value: float) -> Tensor:
 class AllToAll:
     """Padded equal splits over `all_to_all_single`: one collective a direction."""
 
-    def inbox(self, width: int, dtype: torch.dtype, routing: Sequence[tuple[int, torch.dtype]], spec: Spec) -> Inbox:
-        token = [(1, torch.int32)] if len(routing) == 2 else []  # beside ids, of a dispatch
-        parts = [(width, dtype), *routing, *token]
+    def inbox(self, payload: Payload, spec: Spec) -> Inbox:
+        parts = [(payload.width, payload.dtype), *payload.routing]
+        if len(payload.routing) == 2:  # of a dispatch: ids of the receiving rank, and the token
+            parts[1:] = [(payload.routing[0][0], torch.int32), payload.routing[1], (1, torch.int32)]
         return (spec.rows, sum(columns * kind.itemsize for columns, kind in parts)), torch.uint8
 
-    def plan(self, topk_idx: Tensor, spec: Spec) -> Tensor:
-        return place_tokens(topk_idx, spec)
-
-    def dispatch_start(
-        self, x: Tensor, plan: Tensor, topk_idx: Tensor | None, topk_weight: Tensor | None, spec: Spec
-    ) -> Tensor:
+    def dispatch_start(self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+        plan = place_tokens(topk_idx, spec)
         source = sources(plan, spec)
-        parts = [_with_row(x, 0.0).index_select(0, source)]
-        if topk_idx is not None and topk_weight is not None:
-            ids = local_ids(topk_idx, source, spec)
-            weight = _with_row(topk_weight, 0.0).index_select(0, source)
-            token = torch.where(source < x.shape[0], source, -1).to(torch.int32)
-            parts += [ids, torch.where(ids >= 0, weight, 0.0), token.unsqueeze(1)]
-        return _send(_packed(parts), spec)
+        ids = local_ids(topk_idx, source, spec)
+        weight = _with_row(topk_weight, 0.0).index_select(0, source)
+        token = torch.where(source < x.shape[0], source, -1).to(torch.int32)
+        rows = _with_row(x, 0.0).index_select(0, source)
+        return plan, _send(_packed([rows, ids, torch.where(ids >= 0, weight, 0.0), token.unsqueeze(1)]), spec)
 
-    def dispatch_wait(self, inbox: Tensor, x: Tensor, topk_weight: Tensor | None, spec: Spec) -> Arrived:
+    def dispatch_wait(
+        self, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec
+    ) -> Arrived:
         _receive(inbox, spec)
-        parts = [(x.shape[1], x.dtype)]
-        if topk_weight is None:
-            return Arrived(*_unpacked(inbox, parts))
         K = topk_weight.shape[1]
-        rows, ids, weights, token = _unpacked(
-            inbox, [*parts, (K, torch.int32), (K, topk_weight.dtype), (1, torch.int32)]
-        )
+        beside = [(K, torch.int32), (K, topk_weight.dtype), (1, torch.int32)]
+        rows, ids, weights, token = _unpacked(inbox, [(x.shape[1], x.dtype), *beside])
         counts = (token.view(spec.group.size, spec.capacity) >= 0).sum(1, dtype=torch.int32)
         return Arrived(rows, ids, weights, torch.cat((token.flatten(), counts)))
+
+    def redispatch_start(self, x: Tensor, plan: Tensor, spec: Spec) -> Tensor:
+        return _send(_packed([_with_row(x, 0.0).index_select(0, sources(plan, spec))]), spec)
+
+    def redispatch_wait(self, inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, spec: Spec) -> Tensor:
+        _receive(inbox, spec)
+        return _unpacked(inbox, [(x.shape[1], x.dtype)])[0]
 
     def combine_start(
         self, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
@@ -187,7 +217,7 @@ class AllToAll:
         return _send(_packed([rows] if row_weights is None else [rows, row_weights]), spec)
 
     def combine_wait(
-        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, spec: Spec
+        self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
     ) -> tuple[Tensor, Tensor | None]:
         _receive(inbox, spec)
         sent = [rows] if row_weights is None else [rows, row_weights]
@@ -263,11 +293,11 @@ def _receive(inbox: Tensor, spec: Spec) -> None:
 _ALL_TO_ALL = AllToAll()
 
 
-def _anywhere(group: Group, device: torch.device) -> Decision:
+def _anywhere(spec: Spec, payload: Payload) -> Decision:
     return YES
 
 
-table("exchange").register("all_to_all", _anywhere, lambda group, device: _ALL_TO_ALL)
+table("exchange").register("all_to_all", _anywhere, lambda spec, payload: _ALL_TO_ALL)
 
 
 def group_named(name: str) -> Group:

@@ -28,14 +28,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from dscompile.lowering.exchange import ExchangeError, Group, choose, group_named
+from dscompile.lowering.exchange import ExchangeError, Group, Payload, chosen, group_named, spec_of
 from dscompile.passes import commits
 from dscompile.passes.emit import Emitter
 from dscompile.passes.ep_place import sink
-from dscompile.passes.ep_refusals import UnevenExperts, UnorderedExchanges
+from dscompile.passes.ep_refusals import SpreadAlready, UnevenExperts, UnorderedExchanges
 from dscompile.passes.ep_slots import Exchange, assign
 from dscompile.passes.experts_bind import Written
-from dscompile.passes.graph import module_path, settle, source_line
+from dscompile.passes.graph import called, module_path, settle, source_line
+from dscompile.passes.recognize_comm import own_exchange
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.refusals import Refusal, Unsupported
@@ -100,6 +101,11 @@ class Spread:
         W = self.group.size
         if experts % W:
             raise UnevenExperts(f"{experts} experts can't be spread evenly over {W} ranks", node)
+        collective = own_exchange(node)
+        if collective is not None:
+            raise SpreadAlready(
+                f"the model has `{called(collective)}` around the layer: its experts are one rank's", node
+            )
         self._check_order(node)
         commits.current().permit()
         e = Emitter(node)
@@ -127,11 +133,13 @@ class Spread:
         layer.node = own
         held = self.exchanges.setdefault(own.graph, [])
         held.append((begun, wait, back, sums))
-        way = choose(self.group, x.meta["example_value"].device)
+        sent = [x.meta["example_value"], ids.meta["example_value"], routed[2].meta["example_value"]]
+        site.kernel, why_not = chosen(spec_of(*where), Payload.of(*sent))
         site.decision = f"{experts // W} of {experts} experts on each of {W} ranks, capacity {capacity}, {ways}" + (
             f", {between} other operator{'s' * (between > 1)} during the dispatch" if between else ""
         )
-        site.kernel = type(way).__name__
+        if why_not and sent[0].device.type == "cuda":
+            site.decision += f" ({why_not})"
 
     def _capacity(self, tokens: int | torch.SymInt, site: Site) -> int:
         where = f"the expert layer {site.module_path or '(top)'} at {site.source}"

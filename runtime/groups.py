@@ -21,6 +21,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Hashable
 from datetime import timedelta
 from typing import Any
 
@@ -36,7 +37,14 @@ class RanksDisagree(RuntimeError):
 
 
 class RankLost(RuntimeError):
-    """A rank died, or didn't come to an exchange within the timeout."""
+    """A rank died, or didn't come to an exchange within the timeout.
+
+    rank: its global rank, None where that can't be told. operator: the half of an exchange that waited for it.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, operator: str = ""):
+        super().__init__(message)
+        self.rank, self.operator = rank, operator
 
 
 class GroupError(ValueError):
@@ -52,6 +60,7 @@ class Group:
         rank, size: of this process in the group, and the number W of ranks.
         ranks: the W global ranks, by which errors name them.
         timeout: the longest wait for a rank, in seconds.
+        kept: what an implementation of the exchange holds for as long as the group lives, by a key of its own.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, timeout: float):
@@ -61,7 +70,9 @@ class Group:
         self.ranks = dist.get_process_group_ranks(process_group)
         self.entered = 0  # exchanges
         self.last = ""  # the operator of the last one
+        self.kept: dict[Hashable, Any] = {}
         self._agreed: dict[tuple, None] = {}
+        self._told: dict[str, list[Any]] = {}
         self._store = dist.PrefixStore(_PREFIX, process_group.get_group_store())
         self._watch: Watch | None = None
 
@@ -77,7 +88,7 @@ class Group:
         if self._watch is None:
             self._watch = Watch(self)
         elif self._watch.fault:
-            raise RankLost(self._watch.fault)
+            raise RankLost(*self._watch.fault)
         self.entered += 1
         self.last = op
         key = tuple(spec.items())
@@ -86,13 +97,7 @@ class Group:
             self._agreed[key] = None
 
     def _agree(self, op: str, spec: dict[str, Any], number: int) -> None:
-        self._store.set(f"spec/{number}/{self.rank}", json.dumps(spec))
-        keys = [f"spec/{number}/{rank}" for rank in range(self.size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=self.timeout))
-        except Exception as error:
-            raise self.lost(op, error) from None
-        every = [json.loads(self._store.get(key)) for key in keys]
+        every = self._gather(op, f"spec/{number}", spec)
         different = [name for name in spec if any(other[name] != spec[name] for other in every)]
         if different:
             name = different[0]
@@ -102,13 +107,32 @@ class Group:
                 f"whose rows each must read alike. {_CHANGE.get(name, 'Give every rank the same model')}."
             )
 
+    def everybody(self, topic: str, mine: Any) -> list[Any]:
+        """What each rank said about a topic, in their order; waits for all of them the first time.
+
+        Every rank must ask, and says the same at each call. ``mine`` is anything that JSON can hold. Raises RankLost.
+        """
+        if topic not in self._told:
+            self._told[topic] = self._gather(topic, f"told/{topic}", mine)
+        return self._told[topic]
+
+    def _gather(self, op: str, name: str, mine: Any) -> list[Any]:
+        self._store.set(f"{name}/{self.rank}", json.dumps(mine))
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout))
+        except Exception as error:
+            raise self.lost(op, error) from None
+        return [json.loads(self._store.get(key)) for key in keys]
+
     def lost(self, op: str, error: BaseException) -> RankLost:
         """The error to raise where an exchange failed or took too long; finds out whose fault it is."""
         watch = self._watch or Watch(self)
-        return RankLost(watch.blame(op, error))
+        return RankLost(*watch.blame(op, error))
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Ends the watch, and lets go of what was kept."""
+        self.kept.clear()
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -120,12 +144,15 @@ _CHANGE = {
 }
 
 
+Fault = tuple[str, int | None, str]  # the arguments of RankLost
+
+
 class Watch:
     """Publishes a rank's progress, and reads everybody's when something is wrong."""
 
     def __init__(self, group: Group):
         self.group = group
-        self.fault = ""
+        self.fault: Fault | None = None
         self._store = dist.PrefixStore(
             _PREFIX, group.process_group.get_group_store().clone()
         )  # a connection of its own
@@ -144,7 +171,7 @@ class Watch:
                 self._publish()
                 with self._lock:
                     if self._store.check(["fault"]):
-                        self.fault = self._store.get("fault").decode()
+                        self.fault = _read(self._store.get("fault"))
             except Exception:  # the process that holds the store has ended: so will the next exchange, with an error
                 return
 
@@ -163,7 +190,7 @@ class Watch:
                 found.append(json.loads(self._store.get(key)) if known else {"beat": 0, "entered": 0, "op": ""})
         return found
 
-    def blame(self, op: str, error: BaseException) -> str:
+    def blame(self, op: str, error: BaseException) -> Fault:
         """What happened, naming one rank: as the first rank that found out says, if another was faster."""
         try:
             before = self._progress()
@@ -175,18 +202,19 @@ class Watch:
                 if all(b["beat"] > a["beat"] for a, b in zip(before, after)):
                     break
             if not self.fault:
-                said = self._verdict(op, before, after, error)
+                verdict = self._verdict(op, before, after, error)
                 with self._lock:
-                    self.fault = self._store.compare_set("fault", "", said).decode()
+                    self.fault = _read(self._store.compare_set("fault", "", json.dumps(verdict)))
             return self.fault
         except Exception as unreachable:
-            return (
+            said = (
                 f"{op}: the exchange failed ({_line(error)}) and the group's store can't be reached "
                 f"({_line(unreachable)}): the process that holds it, usually rank {self.group.ranks[0]}, has ended. "
                 "Look at that rank's output first."
             )
+            return said, None, op
 
-    def _verdict(self, op: str, before: list[dict], after: list[dict], error: BaseException) -> str:
+    def _verdict(self, op: str, before: list[dict], after: list[dict], error: BaseException) -> Fault:
         ranks, own = self.group.ranks, self.group.rank
         gone = [i for i, (a, b) in enumerate(zip(before, after)) if i != own and b["beat"] <= a["beat"]]
         cause = f"rank {ranks[own]} saw: {_line(error)}"
@@ -200,17 +228,22 @@ class Watch:
         else:
             culprit = min(range(len(after)), key=lambda i: after[i]["entered"])
             if after[culprit]["entered"] >= self.group.entered:
-                return (
-                    f"{op}: exchange number {self.group.entered} failed, and every rank is alive and in it ({cause})."
-                )
+                number = self.group.entered
+                return f"{op}: exchange number {number} failed, and every rank is alive and in it ({cause}).", None, op
             what = f"is alive but stalls: it didn't come within {self.group.timeout:g} s"
             last = f"it has entered {after[culprit]['entered']} exchanges, the last {after[culprit]['op'] or 'none'}"
-        return (
+        said = (
             f"{op}: exchange number {self.group.entered} of the group {self.group.name!r} failed because rank "
             f"{ranks[culprit]} {what} ({last}; {cause}). Look at that rank's output first. Every rank must call "
             "the compiled model equally often, with the same layers spread (dscompile.explain tells); "
             "DSINFRA_EP_TIMEOUT is the longest wait in seconds."
         )
+        return said, ranks[culprit], op
+
+
+def _read(fault: bytes) -> Fault:
+    said, rank, op = json.loads(fault)
+    return said, rank, op
 
 
 def _line(error: BaseException) -> str:

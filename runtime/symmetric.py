@@ -7,7 +7,7 @@ every rank, and no hang. Multicast is never used. The only file that knows torch
 torch: `empty`, `rendezvous` and `buffer_ptrs` as in 2.11 to 2.13.
 
 A rank that doesn't come in time is found by the kernels of the others, which write a record into host memory:
-`Arena.check` turns it into ExchangeTimeout, and a watching thread logs it, since under `trap` the CUDA context is lost
+`Arena.check` turns it into RankLost, and a watching thread logs it, since under `trap` the CUDA context is lost
 and the next call of the user's fails with a message that names nobody.
 """
 
@@ -28,11 +28,13 @@ import torch.distributed as dist
 from dscompile.kernels import exchange_launch
 from dscompile.kernels.exchange import Spec, slot_layout
 from dscompile.kernels.exchange_launch import Slot
+from dscompile.runtime.groups import RankLost, RanksDisagree
 
-__all__ = ["Arena", "ExchangeMismatch", "ExchangeTimeout", "ExchangeUnsupported"]
+__all__ = ["Arena", "ExchangeUnsupported", "lost"]
 
-_OPERATIONS = {1: "dispatch_start", 2: "dispatch_wait", 3: "combine_start", 4: "combine_wait"}
+_OPERATORS = {1: "dispatch_start", 2: "dispatch_wait", 3: "combine_start", 4: "combine_wait"}
 _FLAG_SHIFT = 24  # of cuda/exchange.cuh
+_MARK = 128  # bytes behind the slots, for the word that says that an arena has failed
 _log = logging.getLogger(__name__)
 
 
@@ -40,28 +42,24 @@ class ExchangeUnsupported(ValueError):
     """The kernels can't serve this group, device or spec."""
 
 
-class ExchangeMismatch(RuntimeError):
-    """Ranks of a group set up different exchanges."""
-
-
-class ExchangeTimeout(RuntimeError):
-    """A rank didn't take part in an exchange within the time limit. `peer` is its rank in the group."""
-
-    def __init__(self, record: Sequence[int], timeout_s: float) -> None:
-        code, self.peer, self.slot, self.rank, *words = record
-        wanted, seen = (words[i] & 0xFFFFFFFF | (words[i + 1] & 0xFFFFFFFF) << 32 for i in (0, 2))
-        self.operation = _OPERATIONS.get(code, f"operation {code}")
-        if code in (2, 4):  # what it waits for is a flag with a number of rows
-            rows = (1 << _FLAG_SHIFT) - 1
-            told = f"exchange {wanted >> _FLAG_SHIFT} with {wanted & rows} rows"
-            told += f", it is at exchange {seen >> _FLAG_SHIFT} with {seen & rows}"
-        else:
-            told = f"its word that it has read exchange {wanted}, it has read {seen}"
-        super().__init__(
-            f"Rank {self.rank} waited {timeout_s:g} s in {self.operation} on slot {self.slot} for rank {self.peer} of "
-            f"the group: {told}. It died, stalls, or runs other exchanges than this rank. Look at its log, or "
-            "raise the time limit if it only works longer between two exchanges."
-        )
+def lost(record: Sequence[int], timeout_s: float, ranks: Sequence[int]) -> RankLost:
+    """The error that a kernel's record tells. ranks: the global ranks of the group."""
+    code, peer, slot, rank, *words = record
+    wanted, seen = (words[i] & 0xFFFFFFFF | (words[i + 1] & 0xFFFFFFFF) << 32 for i in (0, 2))
+    operator = _OPERATORS.get(code, f"operator {code}")
+    if code in (2, 4):  # what it waits for is a flag with a number of rows
+        rows = (1 << _FLAG_SHIFT) - 1
+        told = f"exchange {wanted >> _FLAG_SHIFT} with {wanted & rows} rows"
+        told += f", it is at exchange {seen >> _FLAG_SHIFT} with {seen & rows}"
+    else:
+        told = f"its word that it has read exchange {wanted}, it has read {seen}"
+    return RankLost(
+        f"{operator}: rank {ranks[rank]} waited {timeout_s:g} s on slot {slot} for rank {ranks[peer]}: {told}. Rank "
+        f"{ranks[peer]} died, stalls, or runs other exchanges. Look at its output first, or raise the time limit "
+        "(DSINFRA_EP_TIMEOUT, in seconds) if it only works longer between two exchanges.",
+        ranks[peer],
+        operator,
+    )
 
 
 class Arena:
@@ -72,7 +70,7 @@ class Arena:
     arena is marked as failed, its kernels do nothing any more and `check` raises.
 
     All ranks must make arenas in the same order; this call waits for them. Raises ExchangeUnsupported,
-    ExchangeMismatch.
+    RanksDisagree.
     """
 
     def __init__(
@@ -87,15 +85,16 @@ class Arena:
         self.device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
         self.specs, self.timeout_s = tuple(specs), timeout_s
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.ranks = dist.get_process_group_ranks(group)
         _agree(group, self.rank, self.world, self.specs, _first_refusal(self.specs, self.world, self.device))
         sizes = [slot_layout(spec).total for spec in self.specs]
         self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
-        self.memory, self.handle = _share(group, sum(sizes), self.device)
+        self.memory, self.handle = _share(group, sum(sizes) + _MARK, self.device)
         bases = [int(pointer) for pointer in self.handle.buffer_ptrs]
         for spec, offset in zip(self.specs, self.offsets):
             self.memory[offset : offset + slot_layout(spec).rows].zero_()  # channels: no exchange so far
         self.record = torch.zeros(8, dtype=torch.int32, pin_memory=True)
-        failed = torch.zeros(1, dtype=torch.int32, device=self.device)
+        failed = self.memory[sum(sizes) :].view(torch.int32)[:1].zero_()
         self.slots = tuple(
             Slot(spec, self.rank, number, tuple(b + offset for b in bases), self.record, failed, timeout_s, trap)
             for number, (spec, offset) in enumerate(zip(self.specs, self.offsets))
@@ -112,13 +111,13 @@ class Arena:
         dtype = torch.float8_e4m3fn if spec.quantized else getattr(torch, spec.dtype)
         return self.memory[begin : begin + spec.rows * spec.row_bytes].view(dtype).view(spec.rows, spec.width)
 
-    def problem(self) -> ExchangeTimeout | None:
+    def problem(self) -> RankLost | None:
         """What a kernel of this rank has recorded; reads host memory alone."""
         record = self.record.tolist()
-        return ExchangeTimeout(record, self.timeout_s) if record[0] else None
+        return lost(record, self.timeout_s, self.ranks) if record[0] else None
 
     def check(self) -> None:
-        """Raise ExchangeTimeout where a kernel has given up. No synchronisation: it may be one that still runs."""
+        """Raise RankLost where a kernel has given up. No synchronisation: it may be one that still runs."""
         found = self.problem()
         if found is not None:
             raise found
@@ -149,7 +148,7 @@ def _agree(group: Any, rank: int, world: int, specs: tuple[Spec, ...], refused: 
             )
         found = mismatch(specs, [Spec(**spec) for spec in theirs["specs"]])
         if found:
-            raise ExchangeMismatch(
+            raise RanksDisagree(
                 f"Rank {rank} and rank {peer} set up different exchanges: {found}. Every rank writes into the others' "
                 "memory by its own sizes. Give all ranks the same model, capacity and options."
             )

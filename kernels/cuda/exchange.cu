@@ -2,7 +2,8 @@
 //
 // plan            place[t, r] = how many tokens before t go to rank r, -1 where t doesn't; counts[r]. One CTA.
 // dispatch_start  a warp takes a token: one bulk load into shared memory, quantised there to e4m3 with a scale for 128
-//                 columns where asked for, one bulk store a rank that needs it; meta (expert ids, weights, token) by
+//                 columns where asked for (or given so, with scales in the GEMM's layout, which are gathered), one bulk
+//                 store a rank that needs it; meta (expert ids, weights, token) by
 //                 ordinary stores. The last CTA raises the peers' flags. dispatch_start_planning plans too, every CTA
 //                 all of it: for few tokens that is cheaper than another kernel.
 // dispatch_wait   waits for all ranks, then unpacks meta, turns scales into the GEMM's layout [D / 128, M_pad], and
@@ -22,7 +23,7 @@ struct Head {  // of the shared memory of a CTA
     int by_warp[32 * 8];
 };
 constexpr int HEAD_BYTES = sizeof(Head), PLACES_BYTES = FEW_TOKENS * W * 4;
-constexpr int SENDER_BYTES = (INPUT_BYTES + (FP8 ? ROW_BYTES + SCALE_BYTES : 0) + 127) / 128 * 128;
+constexpr int SENDER_BYTES = (TOKEN_BYTES + (QUANTIZES ? ROW_BYTES : 0) + SCALE_BYTES + 127) / 128 * 128;
 constexpr int RETURN_BYTES = (INPUT_BYTES + 127) / 128 * 128;
 static_assert(HEAD_BYTES == 1216 && HEAD_BYTES + 64 == HEAD_ROOM, "the host counts shared memory otherwise");
 static_assert(SENDER_BYTES == SENDER_ROOM && RETURN_BYTES == RETURN_ROOM, "the host counts shared memory otherwise");
@@ -40,11 +41,11 @@ __device__ __forceinline__ u32 own_barrier() {
     return barrier;
 }
 
-// By all lanes: begins to load a row of 16-bit values once all stores of what lay there before have been read.
-__device__ __forceinline__ void begin_load(const char* source, u32 barrier, u32 destination) {
+// By all lanes: begins to load a row once all stores of what lay there before have been read.
+__device__ __forceinline__ void begin_load(const char* source, u32 barrier, u32 destination, u32 bytes) {
     if (lane_index() == 0) {
-        sm90::barrier_arrive_expecting(barrier, INPUT_BYTES);
-        sm90::bulk_load(source, barrier, destination, INPUT_BYTES);
+        sm90::barrier_arrive_expecting(barrier, bytes);
+        sm90::bulk_load(source, barrier, destination, bytes);
     }
 }
 
@@ -102,6 +103,13 @@ __device__ __forceinline__ void quantize_row(const char* input, char* output, fl
     }
 }
 
+// By all lanes: the scales of a token that was quantised before, from [D / 128, T_pad].
+__device__ __forceinline__ void gather_scales(const Job& job, int token, float* scales) {
+    const int stride = (job.tokens + 3) / 4 * 4;
+    for (int block = lane_index(); block < BLOCKS; block += 32)
+        scales[block] = job.x_scale[static_cast<i64>(block) * stride + token];
+}
+
 // Dispatch
 
 // By all lanes: meta of a token to the ranks in the set; `at` is in lane r its place there.
@@ -150,7 +158,7 @@ __device__ __forceinline__ void send_tokens(const Job& job) {
     }
     const u32 barrier = own_barrier();
     char* input = shared + warp * SENDER_BYTES;
-    char* output = FP8 ? input + INPUT_BYTES : input;
+    char* output = QUANTIZES ? input + TOKEN_BYTES : input;
     float* scales = reinterpret_cast<float*>(output + ROW_BYTES);
     const u32 input_address = sm90::shared_address(input), output_address = sm90::shared_address(output);
     if (!await_all(job, DISPATCH_START, mine.freed, exchange - 1)) return;
@@ -162,12 +170,13 @@ __device__ __forceinline__ void send_tokens(const Job& job) {
         if (!ranks) continue;
         bulk_wait_read();
         __syncwarp();
-        begin_load(job.x + token * job.x_stride, barrier, input_address);
+        begin_load(job.x + token * job.x_stride, barrier, input_address, TOKEN_BYTES);
+        if (FP8 && !QUANTIZES) gather_scales(job, token, scales);
         if (job.topk_idx) send_meta(job, token, ranks, at);
         sm90::barrier_wait(barrier, phase);
         phase ^= 1;
         if (FP8) {
-            quantize_row(input, output, scales);
+            if (QUANTIZES) quantize_row(input, output, scales);
             sm90::fence_async();
             __syncwarp();
         }
@@ -319,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(512) combine_start(const __grid_con
             const i64 row = static_cast<i64>(rank) * C + at;
             bulk_wait_read();
             __syncwarp();
-            begin_load(job.x + row * job.x_stride, barrier, buffer);
+            begin_load(job.x + row * job.x_stride, barrier, buffer, INPUT_BYTES);
             const i64 back = static_cast<i64>(job.rank) * C + job.source_token[row];
             if (job.extra) {
                 float* extra = reinterpret_cast<float*>(job.base[rank] + EXTRA_AT) + back * K;

@@ -22,8 +22,9 @@ using namespace peers;
 using sm90::lane_index;
 
 constexpr int W = WORLD, C = CAPACITY, D = WIDTH, K = TOP_K, L = LOCAL_EXPERTS, ROWS = W * C;
-constexpr bool FP8 = QUANTIZED;
+constexpr bool FP8 = QUANTIZED, QUANTIZES = QUANTIZED && !PREQUANTIZED;  // QUANTIZES: by dispatch_start
 constexpr int INPUT_BYTES = D * 2, ROW_BYTES = FP8 ? D : D * 2;
+constexpr int TOKEN_BYTES = FP8 && !QUANTIZES ? ROW_BYTES : INPUT_BYTES;  // of a row that dispatch_start is given
 constexpr int BLOCKS = (D + 127) / 128, SCALE_BYTES = FP8 ? (BLOCKS * 4 + 15) / 16 * 16 : 0;
 constexpr int META_WORDS = (2 * K + 1 + 3) / 4 * 4;
 constexpr int SCALE_ROWS = (ROWS + 3) / 4 * 4;  // M_pad of the scales that the GEMM reads
@@ -54,6 +55,7 @@ struct Job {
     u64 timeout_ns;
     const char* x;  // rows to send: of tokens [T, D], or [W * C, D] back
     i64 x_stride;   // bytes
+    const float* x_scale;  // [D / 128, T_pad] of tokens that were quantised before
     const INDEX* topk_idx;
     const float* topk_weight;
     int* place;         // [T, W]: entry of a token in the stage of each rank, -1 where it isn't sent

@@ -22,14 +22,16 @@ Refused: gradients of the gradient of routing weights; routing weights in 16 bit
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+import dscompile.lowering.exchange_symmetric  # noqa: F401  (registers the implementation)
 from dscompile.lowering.errors import NotDifferentiable
-from dscompile.lowering.exchange import ExchangeError, Spec, choose, spec_of
+from dscompile.lowering.exchange import Exchange, ExchangeError, Payload, Spec, choose, spec_of
 from dscompile.lowering.ops.library import define, define_autograd
 from dscompile.lowering.ops.row_checks import FLOATS, check_devices, check_dtype, check_ids, check_rank, check_shape
 
@@ -87,14 +89,9 @@ def check_arrived(op: str, arrived: Tensor, spec: Spec) -> None:
     check_shape(op, "arrived", arrived, (spec.rows + spec.group.size,), "It names each row's token, then counts them")
 
 
-def _empty_inbox(like: Tensor, routing: list[tuple[int, torch.dtype]], spec: Spec) -> Tensor:
-    shape, dtype = choose(spec.group, like.device).inbox(like.shape[1], like.dtype, routing, spec)
-    return like.new_empty(shape, dtype=dtype)
-
-
-def _routing(topk_weight: Tensor) -> list[tuple[int, torch.dtype]]:
-    K = topk_weight.shape[1]
-    return [(K, torch.int32), (K, topk_weight.dtype)]
+def _empty_inbox(way: Exchange, rows: Tensor, payload: Payload, spec: Spec) -> Tensor:
+    shape, dtype = way.inbox(payload, spec)
+    return rows.new_empty(shape, dtype=dtype)
 
 
 def _enter(op: str, x: Tensor, spec: Spec, top_k: int | None = None) -> None:
@@ -105,60 +102,34 @@ def _enter(op: str, x: Tensor, spec: Spec, top_k: int | None = None) -> None:
     spec.group.enter(op, agreed)
 
 
-# ------------------------------------------------------------------ dispatch
+# ------------------------------------------------------------------ the operators
+#
+# Each is one function: the operator where `real`, its shape function otherwise, with the same checks. `where` is the
+# group's name, the number of experts, the capacity and the slot.
 
 
-def _fake_dispatch_start(
-    x: Tensor, topk_idx: Tensor, topk_weight: Tensor, group: str, num_experts: int, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
-    spec = spec_of(group, num_experts, capacity, slot)
+def _dispatch_start(real: bool, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+    spec = spec_of(*where)
     check_dispatch("dispatch_start", x, topk_idx, topk_weight, spec)
+    payload = Payload.of(x, topk_idx, topk_weight)
+    if real:
+        _enter("dispatch_start", x, spec, topk_idx.shape[1])
+        return choose(spec, payload).dispatch_start(x, topk_idx, topk_weight, spec)
     plan = x.new_empty(x.shape[0] + 1, spec.group.size, dtype=torch.int32)
-    return plan, _empty_inbox(x, _routing(topk_weight), spec)
+    return plan, _empty_inbox(choose(spec, payload), x, payload, spec)
 
 
-def _dispatch_start(
-    x: Tensor, topk_idx: Tensor, topk_weight: Tensor, group: str, num_experts: int, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
-    spec = spec_of(group, num_experts, capacity, slot)
-    check_dispatch("dispatch_start", x, topk_idx, topk_weight, spec)
-    _enter("dispatch_start", x, spec, topk_idx.shape[1])
-    way = choose(spec.group, x.device)
-    plan = way.plan(topk_idx, spec)
-    return plan, way.dispatch_start(x, plan, topk_idx, topk_weight, spec)
-
-
-def _fake_dispatch_wait(
-    plan: Tensor,
-    inbox: Tensor,
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weight: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec = spec_of(group, num_experts, capacity, slot)
+def _dispatch_wait(
+    real: bool, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, *where: Any
+) -> tuple[Tensor, ...]:
+    spec = spec_of(*where)
+    if real:
+        way = choose(spec, Payload.of(x, topk_idx, topk_weight))
+        return tuple(way.dispatch_wait(plan, inbox, x, topk_idx, topk_weight, spec))
     check_dispatch("dispatch_wait", x, topk_idx, topk_weight, spec)
     M, K = spec.rows, topk_idx.shape[1]
     ids = topk_idx.new_empty(M, K, dtype=torch.int32)
     return x.new_empty(M, x.shape[1]), ids, topk_weight.new_empty(M, K), ids.new_empty(M + spec.group.size)
-
-
-def _dispatch_wait(
-    plan: Tensor,
-    inbox: Tensor,
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weight: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
-) -> tuple[Tensor, ...]:
-    spec = spec_of(group, num_experts, capacity, slot)
-    return tuple(choose(spec.group, x.device).dispatch_wait(inbox, x, topk_weight, spec))
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -172,42 +143,28 @@ def _backward_dispatch(
     ctx: Any, grad_rows: Tensor, _: None, grad_weights: Tensor, __: None
 ) -> tuple[Tensor | None, ...]:
     plan, arrived, ids = ctx.saved_tensors
-    group, num_experts, capacity, slot = ctx.settings
     # What a row has for another rank's choices was never computed.
     grad_weights = torch.where(ids >= 0, grad_weights, 0.0)
-    grad_x, grad_weight = combine(grad_rows, grad_weights, plan, arrived, group, num_experts, capacity, slot)
+    grad_x, grad_weight = combine(grad_rows, grad_weights, plan, arrived, *ctx.settings)
     return None, None, grad_x, None, grad_weight, None, None, None, None
 
 
-# ------------------------------------------------------------------ redispatch
-
-
-def _fake_redispatch_start(x: Tensor, plan: Tensor, group: str, num_experts: int, capacity: int, slot: int) -> Tensor:
-    spec = spec_of(group, num_experts, capacity, slot)
+def _redispatch_start(real: bool, x: Tensor, plan: Tensor, *where: Any) -> Tensor:
+    spec = spec_of(*where)
     check_tokens("redispatch_start", x, spec)
     check_plan("redispatch_start", plan, spec)
-    return _empty_inbox(x, [], spec)
+    payload = Payload.of(x)
+    if real:
+        _enter("redispatch_start", x, spec)
+        return choose(spec, payload).redispatch_start(x, plan, spec)
+    return _empty_inbox(choose(spec, payload), x, payload, spec)
 
 
-def _redispatch_start(x: Tensor, plan: Tensor, group: str, num_experts: int, capacity: int, slot: int) -> Tensor:
-    spec = spec_of(group, num_experts, capacity, slot)
-    check_tokens("redispatch_start", x, spec)
-    check_plan("redispatch_start", plan, spec)
-    _enter("redispatch_start", x, spec)
-    return choose(spec.group, x.device).dispatch_start(x, plan, None, None, spec)
-
-
-def _fake_redispatch_wait(
-    inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, group: str, num_experts: int, capacity: int, slot: int
-) -> Tensor:
-    return x.new_empty(spec_of(group, num_experts, capacity, slot).rows, x.shape[1])
-
-
-def _redispatch_wait(
-    inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, group: str, num_experts: int, capacity: int, slot: int
-) -> Tensor:
-    spec = spec_of(group, num_experts, capacity, slot)
-    return choose(spec.group, x.device).dispatch_wait(inbox, x, None, spec).rows
+def _redispatch_wait(real: bool, inbox: Tensor, x: Tensor, plan: Tensor, arrived: Tensor, *where: Any) -> Tensor:
+    spec = spec_of(*where)
+    if real:
+        return choose(spec, Payload.of(x)).redispatch_wait(inbox, x, plan, arrived, spec)
+    return x.new_empty(spec.rows, x.shape[1])
 
 
 def _setup_redispatch(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -220,86 +177,38 @@ def _backward_redispatch(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ..
     return None, grad_x, None, None, None, None, None, None
 
 
-# ------------------------------------------------------------------ combine
-
-
 def combine(
-    rows: Tensor,
-    row_weights: Tensor | None,
-    plan: Tensor,
-    arrived: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
+    rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, *where: Any
 ) -> tuple[Tensor, Tensor]:
     """Both halves, one behind the other."""
-    ops, where = torch.ops.dsinfra, (group, num_experts, capacity, slot)
+    ops = torch.ops.dsinfra
     inbox = ops.combine_start.default(rows, row_weights, plan, arrived, *where)
     return ops.combine_wait.default(inbox, rows, row_weights, plan, arrived, *where)
 
 
-def _fake_combine_start(
-    rows: Tensor,
-    row_weights: Tensor | None,
-    plan: Tensor,
-    arrived: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
-) -> Tensor:
-    spec = spec_of(group, num_experts, capacity, slot)
-    check_rows("combine_start", rows, row_weights, plan, arrived, spec)
-    return _empty_inbox(rows, [] if row_weights is None else _routing(row_weights)[1:], spec)
-
-
 def _combine_start(
-    rows: Tensor,
-    row_weights: Tensor | None,
-    plan: Tensor,
-    arrived: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
+    real: bool, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, *where: Any
 ) -> Tensor:
-    spec = spec_of(group, num_experts, capacity, slot)
+    spec = spec_of(*where)
     check_rows("combine_start", rows, row_weights, plan, arrived, spec)
-    _enter("combine_start", rows, spec)
-    return choose(spec.group, rows.device).combine_start(rows, row_weights, plan, arrived, spec)
-
-
-def _fake_combine_wait(
-    inbox: Tensor,
-    rows: Tensor,
-    row_weights: Tensor | None,
-    plan: Tensor,
-    arrived: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
-) -> tuple[Tensor, Tensor]:
-    T = plan.shape[0] - 1
-    weights = rows.new_empty(T, 0) if row_weights is None else row_weights.new_empty(T, row_weights.shape[1])
-    return rows.new_empty(T, rows.shape[1]), weights
+    payload = Payload.of(rows, row_weights)
+    if real:
+        _enter("combine_start", rows, spec)
+        return choose(spec, payload).combine_start(rows, row_weights, plan, arrived, spec)
+    return _empty_inbox(choose(spec, payload), rows, payload, spec)
 
 
 def _combine_wait(
-    inbox: Tensor,
-    rows: Tensor,
-    row_weights: Tensor | None,
-    plan: Tensor,
-    arrived: Tensor,
-    group: str,
-    num_experts: int,
-    capacity: int,
-    slot: int,
+    real: bool, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, *where: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = spec_of(group, num_experts, capacity, slot)
-    y, weights = choose(spec.group, rows.device).combine_wait(inbox, rows, row_weights, plan, spec)
-    return y, rows.new_empty(plan.shape[0] - 1, 0) if weights is None else weights
+    T = plan.shape[0] - 1
+    if real:
+        spec = spec_of(*where)
+        way = choose(spec, Payload.of(rows, row_weights))
+        y, weights = way.combine_wait(inbox, rows, row_weights, plan, arrived, spec)
+        return y, rows.new_empty(T, 0) if weights is None else weights
+    weights = rows.new_empty(T, 0) if row_weights is None else row_weights.new_empty(T, row_weights.shape[1])
+    return rows.new_empty(T, rows.shape[1]), weights
 
 
 def _setup_combine(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -329,30 +238,17 @@ _WHERE = "str group, int num_experts, int capacity, int slot)"
 _TICKET = "Tensor plan, Tensor inbox"
 _ROUTED = "Tensor x, Tensor topk_idx, Tensor topk_weight"
 _BACK = "Tensor rows, Tensor? row_weights, Tensor plan, Tensor arrived"
-for _name, _schema, _run, _fake in (
-    ("dispatch_start", f"({_ROUTED}, {_WHERE} -> ({_TICKET})", _dispatch_start, _fake_dispatch_start),
-    (
-        "dispatch_wait",
-        f"({_TICKET}, {_ROUTED}, {_WHERE} -> (Tensor rows, Tensor ids, Tensor weights, Tensor arrived)",
-        _dispatch_wait,
-        _fake_dispatch_wait,
-    ),
-    ("redispatch_start", f"(Tensor x, Tensor plan, {_WHERE} -> Tensor", _redispatch_start, _fake_redispatch_start),
-    (
-        "redispatch_wait",
-        f"(Tensor inbox, Tensor x, Tensor plan, Tensor arrived, {_WHERE} -> Tensor",
-        _redispatch_wait,
-        _fake_redispatch_wait,
-    ),
-    ("combine_start", f"({_BACK}, {_WHERE} -> Tensor", _combine_start, _fake_combine_start),
-    (
-        "combine_wait",
-        f"(Tensor inbox, {_BACK}, {_WHERE} -> (Tensor y, Tensor y_weights)",
-        _combine_wait,
-        _fake_combine_wait,
-    ),
+_ARRIVED = "(Tensor rows, Tensor ids, Tensor weights, Tensor arrived)"
+for _name, _arguments, _results, _operator in (
+    ("dispatch_start", _ROUTED, f"({_TICKET})", _dispatch_start),
+    ("dispatch_wait", f"{_TICKET}, {_ROUTED}", _ARRIVED, _dispatch_wait),
+    ("redispatch_start", "Tensor x, Tensor plan", "Tensor", _redispatch_start),
+    ("redispatch_wait", "Tensor inbox, Tensor x, Tensor plan, Tensor arrived", "Tensor", _redispatch_wait),
+    ("combine_start", _BACK, "Tensor", _combine_start),
+    ("combine_wait", f"Tensor inbox, {_BACK}", "(Tensor y, Tensor y_weights)", _combine_wait),
 ):
-    define(_name, _schema, kernel=_run, fake=_fake, autocast=False)
+    _schema = f"({_arguments}, {_WHERE} -> {_results}"
+    define(_name, _schema, kernel=partial(_operator, True), fake=partial(_operator, False), autocast=False)
 define_autograd("dispatch_wait", setup_context=_setup_dispatch, backward=_backward_dispatch)
 define_autograd("redispatch_wait", setup_context=_setup_redispatch, backward=_backward_redispatch)
 define_autograd("combine_wait", setup_context=_setup_combine, backward=_backward_combine)

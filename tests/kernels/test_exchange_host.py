@@ -14,7 +14,8 @@ from dscompile.kernels.exchange_launch import Plan, Slot
 from dscompile.kernels.quantize import padded_rows
 from dscompile.kernels.refusals import BadArguments
 from dscompile.runtime import symmetric
-from dscompile.runtime.symmetric import ExchangeMismatch, ExchangeTimeout, ExchangeUnsupported
+from dscompile.runtime.groups import RanksDisagree
+from dscompile.runtime.symmetric import ExchangeUnsupported
 
 V3 = Spec(4, 4096, 7168, 8, 256)
 V3_FP8 = dataclasses.replace(V3, quantized=True)
@@ -151,7 +152,7 @@ def test_ranks_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_ranks_that_differ(monkeypatch: pytest.MonkeyPatch, change: dict | None, said: str) -> None:
     theirs = [] if change is None else [dataclasses.asdict(dataclasses.replace(V3, **change))]
-    with pytest.raises(ExchangeMismatch, match=f"rank 1 set up different exchanges: {said}"):
+    with pytest.raises(RanksDisagree, match=f"rank 1 set up different exchanges: {said}"):
         agree(monkeypatch, (V3,), specs=theirs)
 
 
@@ -165,9 +166,9 @@ def test_ranks_that_can_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_record_becomes_an_error() -> None:
-    error = ExchangeTimeout([2, 3, 1, 0, 5 << 24, 0, (4 << 24) + 7, 0], 2.5)
-    assert (error.operation, error.peer, error.slot, error.rank) == ("dispatch_wait", 3, 1, 0)
-    assert "Rank 0 waited 2.5 s in dispatch_wait on slot 1 for rank 3" in str(error)
+    error = symmetric.lost([2, 3, 1, 0, 5 << 24, 0, (4 << 24) + 7, 0], 2.5, [8, 9, 10, 11])
+    assert (error.operator, error.rank) == ("dispatch_wait", 11)
+    assert "dispatch_wait: rank 8 waited 2.5 s on slot 1 for rank 11" in str(error)
     assert "exchange 5 with 0 rows, it is at exchange 4 with 7" in str(error)
-    error = ExchangeTimeout([3, 1, 0, 2, -1, 0, 6, 0], 1.0)
+    error = symmetric.lost([3, 1, 0, 2, -1, 0, 6, 0], 1.0, [0, 1, 2])
     assert "combine_start" in str(error) and f"read exchange {2**32 - 1}, it has read 6" in str(error)

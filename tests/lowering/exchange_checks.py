@@ -155,6 +155,16 @@ def check_whole_weights(rank: int) -> None:
     assert torch.equal(local.grad, torch.full_like(local, 1 + 2 + 3 + 4))
 
 
+def check_everybody(rank: int) -> None:
+    """What ranks say about a topic: the same list everywhere, asked for once."""
+    group = group_of(4)
+    assert group is not None
+    expected = [{"rank": r, "says": ["a", None]} for r in range(4)]
+    for _ in range(2):
+        assert group.everybody("topic", {"rank": rank, "says": ["a", None]}) == expected
+    assert group.everybody("another", rank) == [0, 1, 2, 3]
+
+
 def check_disagreement(rank: int, field: str) -> str:
     """The error of every rank where one gives another value."""
     group = groups.join(dist.new_group([0, 1, 2, 3]), timeout=20)
@@ -194,6 +204,7 @@ def check_lost(rank: int, what: str) -> tuple[str, float]:
             spread(group, 4, x, idx, weight, *weights())
     except groups.RankLost as error:
         waited = time.monotonic() - start
+        assert error.rank == 1 and error.operator in str(error), (error.rank, error.operator)
         again = ""
         if what == "stalls":
             time.sleep(2 * groups.BEAT)

@@ -44,6 +44,10 @@ def test_whole_weights_and_their_gradient(four: Ranks) -> None:
     four.run(checks.check_whole_weights)
 
 
+def test_every_rank_hears_what_the_others_say(four: Ranks) -> None:
+    four.run(checks.check_everybody)
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [("capacity", (4, 5)), ("experts", (8, 16)), ("dtype", ("torch.float32", "torch.float64")), ("width", (16, 8))],

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from dscompile.kernels.exchange import Spec
 from dscompile.runtime.exchange import Exchange
-from dscompile.runtime.symmetric import Arena, ExchangeMismatch, ExchangeTimeout
+from dscompile.runtime.groups import RankLost, RanksDisagree
+from dscompile.runtime.symmetric import Arena
 from tests.kernels.exchange_cases import (
     ROUTINGS,
     Inputs,
@@ -30,6 +31,7 @@ from tests.kernels.exchange_cases import (
     make_inputs,
     plan_reference,
 )
+from tests.kernels.moe_cases import quantize_reference
 
 SMALL = dict(capacity=320, width=384, top_k=4)
 
@@ -56,6 +58,14 @@ def to_gpu(inputs: Inputs) -> Inputs:
     return Inputs(inputs.x.cuda(), inputs.topk_idx.cuda(), inputs.topk_weight.cuda())
 
 
+def sent_rows(spec: Spec, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What dispatch is given for tokens x, on the GPU: themselves, or e4m3 and their scale."""
+    if not spec.prequantized:
+        return x.cuda(), None
+    q, scale = quantize_reference(x.float())
+    return q.cuda(), scale.cuda()
+
+
 def results_of(spec: Spec, rank: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Made-up results of the experts of a rank: rows [M, D] to send back, extra [M, K]."""
     g = torch.Generator().manual_seed(number * 64 + rank + 32)
@@ -70,10 +80,11 @@ def check_round(exchange: Exchange, number: int, routing: str, *, copies: bool, 
     sent_back = [results_of(spec, r, number) for r in range(spec.world)]
     mine, (back, extra) = to_gpu(everyone[rank]), (t.cuda() for t in sent_back[rank])
     tokens = len(mine.x)
+    x, scale = sent_rows(spec, everyone[rank].x)
     if overlapped:
-        plan, arrived = exchange.dispatch(mine.x, mine.topk_idx, mine.topk_weight, copies=copies)
+        plan, arrived = exchange.dispatch(x, mine.topk_idx, mine.topk_weight, copies=copies, scale=scale)
     else:
-        plan = exchange.dispatch_start(mine.x, mine.topk_idx, mine.topk_weight)
+        plan = exchange.dispatch_start(x, mine.topk_idx, mine.topk_weight, scale=scale)
         arrived = exchange.dispatch_wait(tokens, copies=copies)
     rows = arrived.rows.clone()  # before the stage is freed
     if overlapped:
@@ -109,7 +120,8 @@ def check_round(exchange: Exchange, number: int, routing: str, *, copies: bool, 
 def small_specs(world: int) -> list[Spec]:
     bf16 = Spec(world=world, experts=8 * world, **SMALL)
     fp16 = dataclasses.replace(bf16, dtype="float16", index="int32", top_k=17, experts=20 * world, width=136)
-    return [bf16, dataclasses.replace(bf16, quantized=True), fp16]
+    fp8 = dataclasses.replace(bf16, quantized=True)
+    return [bf16, fp8, fp16, dataclasses.replace(fp8, prequantized=True)]
 
 
 def rounds(count: int = 60) -> None:
@@ -252,7 +264,7 @@ def death() -> None:
         Arena(dist.group.WORLD, [dataclasses.replace(spec, capacity=8 + rank)])
         say(rank, "WRONG: no error about different capacities")
         os._exit(1)
-    except ExchangeMismatch as error:
+    except RanksDisagree as error:
         say(rank, f"mismatch: {error}")
     gentle = Exchange(Arena(dist.group.WORLD, [spec], timeout_s=3.0, trap=False), 0)
     hard = Exchange(Arena(dist.group.WORLD, [spec], timeout_s=3.0, trap=True), 0)
@@ -285,9 +297,9 @@ def name_of_dead(exchange: Exchange, rank: int, world: int, *, traps: bool) -> b
     seconds = time.time() - begin_s
     try:
         exchange.arena.check()
-    except ExchangeTimeout as error:
+    except RankLost as error:
         say(rank, f"trap {traps}: after {seconds:.1f} s, CUDA said {raised!r}; we say: {error}")
-        return error.peer == world - 1 and seconds < 10 and bool(raised) == traps
+        return error.rank == world - 1 and seconds < 10 and bool(raised) == traps
     say(rank, f"WRONG: no timeout, trap {traps}, after {seconds:.1f} s, CUDA said {raised!r}")
     return False
 
