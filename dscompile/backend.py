@@ -106,6 +106,8 @@ def _analyse(
             fuel=config.fuel,
             ep=None if config.ep_group is None else (config.ep_group, config.ep_capacity),
             book=config.placement,
+            batch_invariant=config.batch_invariant,
+            microbatches=config.split(),
         )
     except ExchangeError:  # of this rank alone, perhaps: others would wait for it
         raise

@@ -65,8 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     bisect.set_defaults(run=_bisect)
 
     page = commands.add_parser("report", help="make one HTML page of a dump: sites, graphs around each pass, refusals")
-    page.add_argument("directory", type=Path, help='what options={"dump": ...} or DSINFRA_DUMP named, or "placement"')
-    page.add_argument("record", type=Path, nargs="?", help='after "placement": the JSON of Rebalancer.record()')
+    page.add_argument(
+        "directory", type=Path, help='what options={"dump": ...} or DSINFRA_DUMP named; "placement" or "schedule"'
+    )
+    page.add_argument(
+        "record",
+        type=Path,
+        nargs="?",
+        help='after "placement": the JSON of Rebalancer.record(); after "schedule": that of a timeline',
+    )
     page.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: inside or beside it)")
     page.set_defaults(run=_report)
 
@@ -128,7 +135,7 @@ def _explain(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from dscompile import placement_page, report_page
+    from dscompile import placement_page, report_page, schedule_page
     from dscompile.errors import ReportError
 
     broken: Sequence[str] = ()
@@ -138,8 +145,13 @@ def _report(parsed: argparse.Namespace) -> int:
             broken = found.broken
         elif str(parsed.directory) == "placement":
             file = placement_page.write(parsed.record, parsed.output)
+        elif str(parsed.directory) == "schedule":
+            file = schedule_page.write(parsed.record, parsed.output)
         else:
-            raise UserError(f"report takes one directory, or `placement FILE`; got {parsed.directory} {parsed.record}.")
+            raise UserError(
+                "report takes one directory, or `placement FILE`, or `schedule FILE`; "
+                f"got {parsed.directory} {parsed.record}."
+            )
     except ReportError as error:
         raise UserError(f"{error}.") from error
     for why in broken:

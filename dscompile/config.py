@@ -15,7 +15,7 @@ from dscompile.errors import OptionError
 
 INNER = ("inductor", "aot_eager", "eager")
 FP8 = ("block",)
-_FLAGS = ("strict", "enable", "fp8_head", "fp8_free", "verify")
+_FLAGS = ("strict", "enable", "fp8_head", "fp8_free", "verify", "batch_invariant")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Config:
     #: Spread experts over the ranks of this group: a ProcessGroup, DeviceMesh of one dimension, "world"; here its name.
     ep_group: str | None = None
     ep_capacity: int | None = None  #: Under ep_group, the most tokens of a rank in one call; None: the graph's own.
+    #: Under ep_group, 2 runs half of the requests while the other half's tokens travel, where that is predicted to pay.
+    microbatches: int | None = None
     placement: Any = None  #: Experts of these layers lie in slots and may move: a ``dscompile.passes.placement.Book``.
+    batch_invariant: bool = False  #: Attention over a cache gives a request the same bits beside any other requests.
     verify: bool = False  #: At its compilation, run each rewritten region beside the original and compare.
     inductor: Mapping[str, Any] = field(default_factory=dict)  #: Settings passed on to Inductor.
 
@@ -61,7 +64,18 @@ class Config:
             values["mode"] = _checked("mode", mode, "mode")
         options_.check_together(mode, options or {}, passed, values.get("fp8"))
         options_.check_spread(values)
+        if values.get("microbatches") is not None:
+            passed = options_.in_order(passed)
         return cls(**values, inductor=passed)
+
+    def split(self) -> Any:
+        """What the pass that makes micro-batches is asked for, or None."""
+        if self.microbatches is None:
+            return None
+        from dscompile.passes.microbatch import Asked
+        from dscompile.runtime.cost import COMM_SMS, Table
+
+        return Asked(Table(), COMM_SMS)
 
     def key(self) -> str:
         """What of the settings changes generated code, for the caches' keys."""
@@ -78,7 +92,7 @@ def _from_environment() -> dict[str, Any]:
             value: Any = text
             if name in _FLAGS:
                 value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower(), text)
-            elif name in ("fuel", "ep_capacity"):
+            elif name in ("fuel", "ep_capacity", "microbatches"):
                 value = int(text) if text.isdecimal() else text
             found[name] = _checked(name, value, variable)
     return found
@@ -100,6 +114,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
         raise OptionError(f"{where} is {value!r}; it must be a number of rewrites, 0 or more, or None for all.")
     if name == "ep_capacity" and value is not None and (type(value) is not int or value < 1):
         raise OptionError(f"{where} is {value!r}; it must be a number of tokens, 1 or more, or None.")
+    if name == "microbatches" and value is not None and (type(value) is not int or value != 2):
+        raise OptionError(f"{where} is {value!r}; it must be 2, or None for one: two are what hides an exchange.")
     if name == "placement" and value is not None:
         from dscompile.passes.placement import Book
 

@@ -3,10 +3,11 @@
 Layout, under the directory of ``DSINFRA_DUMP`` or ``options={"dump": ...}``::
 
     graph_000/00_shadow.after.txt  01_recognize_mla.before.txt  ....after.txt  ....diff  record.json  explain.txt
-              graphs.json
+              graphs.json  schedule.json
 
 ``graphs.json`` (``snapshots.py``) holds all graphs once more, compactly, with the source lines that nodes point at:
-what ``dscompile report`` draws (``docs/report.md``).
+what ``dscompile report`` draws (``docs/report.md``). ``schedule.json`` is written where micro-batches were planned, for
+``dscompile report schedule``.
 
 The texts also go to ``torch._logging.trace_structured``, so that ``tlparse`` shows them beside torch's own artifacts.
 """
@@ -30,6 +31,7 @@ from torch._logging import trace_structured
 import dscompile
 from dscompile.config import Config
 from dscompile.errors import DumpDirectoryError
+from dscompile.passes import microbatch
 from dscompile.passes.graph import source_line
 from dscompile.passes.pipeline import NUMBERS
 from dscompile.snapshots import Snapshots, parts
@@ -61,6 +63,8 @@ class Dump:
             before = self._before[name].splitlines(keepends=True)
             lines = difflib.unified_diff(before, text.splitlines(keepends=True), "before", "after", n=2)
             self._write(f"{prefix}.diff", "".join(lines))
+            if name == microbatch.NAME and microbatch.SCHEDULE in module.meta:
+                self._write("schedule.json", json.dumps(module.meta[microbatch.SCHEDULE]))
 
     def finish(self, report: CompileReport, config: Config) -> None:
         """The record of all passes, and under which settings and versions it was made."""

@@ -23,6 +23,8 @@ _ANALYSES = (
     "fp8_head",
     "fp8_free",
     "ep_group",
+    "batch_invariant",
+    "microbatches",
 )  # what `enable=False` leaves without effect
 _NEED_FP8 = ("fp8_head", "fp8_free")
 
@@ -109,6 +111,11 @@ def check_spread(values: Mapping[str, Any]) -> None:
             f"options['ep_capacity'] is {values['ep_capacity']} and ep_group is None: it is room for tokens of other "
             "ranks. Give ep_group too, or leave it out."
         )
+    if values.get("microbatches") is not None and values.get("ep_group") is None:
+        raise OptionError(
+            f"options['microbatches'] is {values['microbatches']} and ep_group is None: without ranks that exchange "
+            "tokens there is nothing to hide. Give ep_group too, or leave it out."
+        )
     if values.get("placement") is not None and (values.get("verify") or not values.get("enable", True)):
         other = "verify" if values.get("verify") else "enable"
         raise OptionError(
@@ -120,3 +127,16 @@ def check_spread(values: Mapping[str, Any]) -> None:
             "options['verify'] is True and ep_group is given: a check of a layer would need every rank to check the "
             "same one at once. Verify the model without ep_group first."
         )
+
+
+def in_order(passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's settings and those under which it keeps a schedule's order; raises OptionError where they differ."""
+    from dscompile.passes.microbatch import INDUCTOR
+
+    for name, value in passed.items():
+        if INDUCTOR.get(name.replace("-", "_"), value) != value:
+            raise OptionError(
+                f"options[{name!r}] is {value!r} and microbatches is given: Inductor would move the start of an "
+                "exchange down to its end. Leave one of the two out."
+            )
+    return {**passed, **INDUCTOR}

@@ -248,13 +248,14 @@ class _Runner(fx.Interpreter):
         self.last: dict[fx.Node, list[fx.Node]] = {}  # node -> values that nothing needs behind it
         ends = {n: max([n, *n.users]) for n in self.module.graph.nodes}
         for check in (c for c in checks if c.old.graph is self.module.graph):
-            then = max(check.old, check.new)
-            self.due.setdefault(then, []).append(check)
-            needed = [check.old, check.new, *check.region.leaves]
-            needed += check.differentiated.leaves if torch.is_grad_enabled() else []
-            if check.routes:
+            needed = [check.old, check.new]
+            if check.routes:  # weights are compared by who was chosen, which may stand behind them
                 ids = _ids(check, checks)
                 needed += [ids.old, ids.new, _scores(check, checks)]
+            then = max(needed)
+            self.due.setdefault(then, []).append(check)
+            needed += check.region.leaves
+            needed += check.differentiated.leaves if torch.is_grad_enabled() else []
             for node in needed:
                 ends[node] = max(ends[node], then)
         for node, end in ends.items():

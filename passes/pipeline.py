@@ -3,6 +3,7 @@
     recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->
     placement and expert_parallel where they are asked for  ->  lower
     (->  fp8_share, quantize_weights where FP8 is read or asked for)  ->  real_rotation  ->  mixed_product
+    (->  microbatch, which is asked for, on the graph that all of them made)
 
 A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
 compilation: what raises is turned into a note of the record (``strict`` raises instead), and the graph stays as the
@@ -26,6 +27,7 @@ from dscompile.passes import (
     expert_parallel,
     fp8_share,
     lower,
+    microbatch,
     mixed_product,
     placement,
     provenance,
@@ -56,7 +58,7 @@ PASSES = (
     recognize_router.NAME,
     lower.NAME,
 )
-LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product.NAME)
+LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product.NAME, microbatch.NAME)
 # For the names of files: also of the passes that run only where FP8 is read or asked for.
 NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
 NUMBERS |= {name: len(PASSES) + i for i, name in enumerate(LAST)}
@@ -93,6 +95,7 @@ class Outcome:
             quantize_weights.NAME,
             real_rotation.NAME,
             mixed_product.NAME,
+            microbatch.NAME,
         )
         return [site for name in names for r in self.records if r.name == name for site in r.sites]
 
@@ -108,12 +111,15 @@ def run(
     fuel: int | None = None,
     ep: tuple[str, int | None] | None = None,
     book: placement.Book | None = None,
+    batch_invariant: bool = False,
+    microbatches: microbatch.Asked | None = None,
 ) -> Outcome:
     """Runs every pass on Dynamo's graph ``module``, in place; raises only if ``strict``.
 
     With ``fp8``, weights are quantised, the head's too with ``fp8_head``. ``fuel``: see ``commits.py``. ``ep``: a
     group's name and the capacity, see ``expert_parallel.py``; its ExchangeError is raised always, since other ranks
-    would wait. ``book``: the slots of placed experts, see ``placement.py``."""
+    would wait. ``book``: the slots of placed experts, see ``placement.py``. ``batch_invariant``: see ``absorb.py``.
+    ``microbatches``: see ``microbatch.py``."""
     outcome = Outcome(commits=Commits(fuel))
     observe = observe or (lambda *_: None)
     found: recognize_fp8.Found = []
@@ -128,8 +134,10 @@ def run(
             if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
                 found = _fp8(module, outcome, observe)
             if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
-                _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep, book)
+                _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep, book, batch_invariant)
         provenance.fill(module, outcome.commits)
+        if microbatches is not None:
+            _split(module, inputs, outcome, observe, microbatches, book)
     except Exception as error:
         if strict or isinstance(error, ExchangeError):
             raise
@@ -158,6 +166,7 @@ def _run(
     fp8_head: bool,
     ep: tuple[str, int | None] | None,
     book: placement.Book | None,
+    batch_invariant: bool,
 ) -> None:
     if any(_differentiates(node) for node in _nodes(module)):
         outcome.records.append(PassRecord("shadow", note="the graph takes gradients, or transforms, in itself"))
@@ -197,7 +206,7 @@ def _run(
 
     passes = {
         recognize_mla.NAME: recognise,
-        absorb.NAME: lambda: absorb.run(bound),
+        absorb.NAME: lambda: absorb.run(bound, batch_invariant),
         recognize_experts.NAME: experts,
         recognize_router.NAME: routers,
     }
@@ -222,6 +231,28 @@ def _run(
         record.seconds = time.perf_counter() - start
         outcome.records.append(record)
         observe(name, "after", module)
+
+
+def _split(
+    module: fx.GraphModule,
+    inputs: Sequence[object],
+    outcome: Outcome,
+    observe: Observer,
+    asked: microbatch.Asked,
+    book: placement.Book | None,
+) -> None:
+    quantised = outcome.prepared is not None and outcome.prepared.slots
+    beside = "quantised weights" if quantised else "slots of placed experts" if book else ""
+    observe(microbatch.NAME, "before", module)
+    outcome.commits.name = microbatch.NAME
+    start = time.perf_counter()
+    with commits.committing(outcome.commits):
+        training = recognize_mla.is_training(list(inputs))
+        record = microbatch.run(module, inputs, asked, training=training, beside=beside)
+    if record is not None:
+        record.seconds = time.perf_counter() - start
+        outcome.records.append(record)
+    observe(microbatch.NAME, "after", module)
 
 
 def _nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
