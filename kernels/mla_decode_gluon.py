@@ -337,7 +337,8 @@ def mla_decode_gluon_kernel(
         stop,
     )
     mask = (mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t)
-    gdc_launch_dependents()  # programs of the second kernel, if any, take the place of those that end first, and wait
+    if PLANNED:  # Equal parts end together: what waits for them would crowd on the few SMs that are free until then.
+        gdc_launch_dependents()  # the second kernel's programs take the place of those that end first, and wait there
     # Registers of the workers: with the rest for `lead` they use up the 504 = 3 * 168 of `maxnreg`.
     gl.warp_specialize(
         [

@@ -344,7 +344,8 @@ def test_weights_in_front_of_the_ids_that_were_chosen() -> None:
     def layer(x: torch.Tensor, gate: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
         weight, idx = torch.topk((x @ gate.t()).softmax(-1), 1)
         ids = idx.reshape(-1)
-        g, up = torch.bmm(w_gate_up[ids], x.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        rows = x.repeat_interleave(1, 0)
+        g, up = torch.bmm(w_gate_up[ids], rows.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
         z = torch.bmm(w_down[ids], (torch.nn.functional.silu(g) * up).unsqueeze(-1)).squeeze(-1)
         return z * weight
 

@@ -187,7 +187,7 @@ class ToyExperts(nn.Module):
             return flat
         if self.layer.unsort == "argsort":
             return z[torch.argsort(perm)]
-        places = torch.arange(perm.numel())
+        places = torch.arange(perm.numel(), device=perm.device)
         if self.layer.unsort == "scatter":
             return z[torch.zeros_like(perm).scatter_(0, perm, places)]
         inverse = torch.empty_like(perm)
