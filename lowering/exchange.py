@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dscompile.lowering.errors import OperatorError
-from dscompile.lowering.select import YES, Decision, table
+from dscompile.lowering.select import YES, Decision, no, table
 from dscompile.runtime import groups
 from dscompile.runtime.groups import Group
 
@@ -297,6 +297,23 @@ def _anywhere(spec: Spec, payload: Payload) -> Decision:
     return YES
 
 
+def _shares(device: torch.device) -> Decision:
+    return YES if device.type == "cuda" else no(f"ranks share memory of CUDA devices, tensors are on {device.type}")
+
+
+def _over_shared_memory(spec: Spec, payload: Payload) -> Decision:
+    """`symmetric` imports kernels: it is asked where they can run."""
+    shares = _shares(payload.device)
+    return _symmetric().supports(spec, payload) if shares else shares
+
+
+def _symmetric() -> Any:
+    from dscompile.lowering import exchange_symmetric
+
+    return exchange_symmetric
+
+
+table("exchange").register("symmetric", _over_shared_memory, lambda spec, payload: _symmetric().SYMMETRIC)
 table("exchange").register("all_to_all", _anywhere, lambda spec, payload: _ALL_TO_ALL)
 
 

@@ -30,7 +30,7 @@ from dscompile.kernels import nvrtc
 from dscompile.kernels.launch import capability
 from dscompile.lowering import exchange as lowering
 from dscompile.lowering.exchange import ExchangeError, Inbox, Payload, Spec
-from dscompile.lowering.select import YES, Decision, no, size, table
+from dscompile.lowering.select import YES, Decision, no, size
 from dscompile.runtime import exchange as runtime
 from dscompile.runtime.symmetric import Arena
 
@@ -62,8 +62,6 @@ def _routing_refused(payload: Payload) -> str:
 
 def _ranks_can(spec: Spec, device: torch.device) -> Decision:
     """Host and device of every rank, compared once a group."""
-    if device.type != "cuda":
-        return no(f"memory that ranks share is that of CUDA devices, tensors are on {device.type}")
     if spec.group.size == 1:
         return no("one rank has nobody to exchange with")
     group = spec.group
@@ -278,5 +276,4 @@ def _inbox(like: Tensor) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
-_SYMMETRIC = Symmetric()
-table("exchange").register("symmetric", supports, lambda spec, payload: _SYMMETRIC, before="all_to_all")
+SYMMETRIC = Symmetric()

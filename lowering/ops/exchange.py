@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-import dscompile.lowering.exchange_symmetric  # noqa: F401  (registers the implementation)
 from dscompile.lowering.errors import NotDifferentiable
 from dscompile.lowering.exchange import Exchange, ExchangeError, Payload, Spec, choose, spec_of
 from dscompile.lowering.ops.library import define, define_autograd

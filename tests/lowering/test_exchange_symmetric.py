@@ -17,8 +17,8 @@ from dscompile.kernels import exchange_launch
 from dscompile.kernels.exchange import Spec as Sizes
 from dscompile.kernels.exchange import slot_layout
 from dscompile.kernels.exchange_launch import Slot
+from dscompile.lowering import exchange, select
 from dscompile.lowering import exchange_symmetric as symmetric
-from dscompile.lowering import select
 from dscompile.lowering.exchange import ExchangeError, Payload, Spec, chosen
 from dscompile.runtime import groups
 from tests.kernels import exchange_emulator as emulator
@@ -80,6 +80,7 @@ def two(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks
     monkeypatch.setattr(exchange_launch, "_launch", made.launch)
     monkeypatch.setattr(symmetric, "make_arena", made.make_arena)
     monkeypatch.setattr(symmetric, "_ranks_can", lambda spec, device: select.YES)
+    monkeypatch.setattr(exchange, "_shares", lambda device: select.YES)
     for group in made.groups:
         monkeypatch.setitem(groups._GROUPS, group.name, group)
     with select.force("exchange", "symmetric"):

@@ -258,7 +258,12 @@ def test_decode_runs_the_kernel_without_its_checks_on_contiguous_lengths_and_pag
     from dscompile.lowering import decode
 
     calls = []
-    monkeypatch.setattr(module, "mla_decode_unchecked", lambda *args, impl: calls.append((impl, args)) or "result")
+
+    def run(*args, impl, batch_invariant):
+        calls.append((impl, args))
+        return "result"
+
+    monkeypatch.setattr(module, "mla_decode_unchecked", run)
     args = decode_args()
     args[4] = torch.arange(4, dtype=torch.int32)[::2]
     args[6] = torch.arange(12, dtype=torch.int32).view(3, 4).T[:2]
