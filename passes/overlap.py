@@ -19,12 +19,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import torch
 from torch import fx
 
 from dscompile.passes.graph import aliased_argument, written_arguments
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 COMPUTE, COMM = "compute", "comm"
 SMS = 132  # multiprocessors of an H100
@@ -143,6 +146,8 @@ def dag(graph: fx.Graph, comm_order: Sequence[fx.Node]) -> nx.DiGraph:
     Raises:
         ValueError: ``comm_order`` asks for an order that data doesn't allow.
     """
+    import networkx as nx  # a tenth of a second, for graphs that are split alone
+
     found = nx.DiGraph()
     last: dict[fx.Node, fx.Node] = {}  # memory -> what wrote it last
     readers: dict[fx.Node, list[fx.Node]] = {}  # memory -> what read it since
@@ -272,6 +277,8 @@ def _rank(node: fx.Node, machine: Machine, behind: float, live: Live, memory: in
 
 def _behind(edges: nx.DiGraph, costs: dict[fx.Node, tuple[str, float]]) -> dict[fx.Node, float]:
     """Of each node, the microseconds of the longest path that begins with it."""
+    import networkx as nx
+
     found: dict[fx.Node, float] = {}
     for node in reversed(list(nx.topological_sort(edges))):
         found[node] = costs[node][1] + max((found[n] for n in edges.successors(node)), default=0.0)
