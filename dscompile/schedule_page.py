@@ -1,7 +1,7 @@
 """One HTML page of when everything runs, and the same as a trace for Perfetto: ``dscompile report schedule FILE``.
 
 The file is JSON: a list of spans, or an object of such lists by name, which are drawn below each other on one scale
-(``{"planned": [..], "measured": [..]}``; what a compilation plans is ``module.meta["dsinfra_schedule"]``). A span is
+(``{"planned": [..], "measured": [..]}``; what a compilation plans is the ``schedule.json`` of its dump). A span is
 
     {"row": "rank 0/compute", "kind": "experts", "name": "layer 3, A", "start_us": 120.5, "end_us": 356.0}
 
