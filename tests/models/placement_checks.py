@@ -40,7 +40,7 @@ def serves_and_moves(rank: int) -> dict[str, Any]:
     placed = PlacedExperts(store, spare=1)
     slots = {name: [w.data_ptr() for w in layer.weights] for name, layer in placed.layers.items()}
     trigger = Trigger(below=0.97, above=0.99, interval=2, seconds=1.0)
-    settings = {"trigger": trigger, "window": 2, "every": 2, "plan_steps": 1, "timeout": 5.0}
+    settings = {"trigger": trigger, "window": 2, "every": 2, "plan_steps": 1, "timeout": 10.0}
     rebalancer = Rebalancer(list(placed.layers.values()), placed.phy2log, group.process_group, **settings)
     options = {"inner": "aot_eager", "ep_group": group.process_group, "ep_capacity": BATCH * LENGTH, "strict": True}
     call = torch.compile(
