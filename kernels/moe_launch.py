@@ -56,11 +56,37 @@ def plan_in_one(topk_idx: torch.Tensor, experts: int, x: torch.Tensor | None = N
 
 def plan_in_three(topk_idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> order, position, ends."""
-    from dscompile.kernels.moe_triton import histogram_kernel, place_kernel, scan_kernel
+    from dscompile.kernels.moe_triton import place_kernel
+
+    rows, topk_idx = topk_idx.numel(), topk_idx.contiguous()
+    order, position, ends = _empty_plan(topk_idx, experts)
+    counts, totals = count_by_block(topk_idx, experts)
+    start_overlapped(
+        place_kernel,
+        len(counts),
+        topk_idx.device,
+        topk_idx,
+        counts,
+        totals,
+        order,
+        position,
+        ends,
+        rows,
+        experts,
+        ROWS=PLAN_BLOCK,
+        BINS=counts.shape[1],
+        SLOTS=32,
+        num_warps=4,
+    )
+    return order, position, ends
+
+
+def count_by_block(topk_idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous ids -> counts int32 [blocks of PLAN_BLOCK rows, BINS], rows of an expert in the blocks before, and
+    totals [BINS]. BINS is a power of two above `experts`: ids of no expert have a bin."""
+    from dscompile.kernels.moe_triton import histogram_kernel, scan_kernel
 
     rows, device = topk_idx.numel(), topk_idx.device
-    topk_idx = topk_idx.contiguous()
-    order, position, ends = _empty_plan(topk_idx, experts)
     blocks, bins = -(-rows // PLAN_BLOCK), max(32, _power_of_two(experts + 1))
     table = torch.empty((blocks + 1, bins), dtype=torch.int32, device=device)
     counts, totals = table[:blocks], table[blocks]
@@ -80,24 +106,7 @@ def plan_in_three(topk_idx: torch.Tensor, experts: int) -> tuple[torch.Tensor, t
         COLUMNS=8,
         num_warps=8 if step > 128 else 4,
     )
-    start_overlapped(
-        place_kernel,
-        blocks,
-        device,
-        topk_idx,
-        counts,
-        totals,
-        order,
-        position,
-        ends,
-        rows,
-        experts,
-        ROWS=PLAN_BLOCK,
-        BINS=bins,
-        SLOTS=32,
-        num_warps=4,
-    )
-    return order, position, ends
+    return counts, totals
 
 
 def launch_gather(

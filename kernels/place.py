@@ -156,30 +156,13 @@ def _fill_few(idx: torch.Tensor, counter: Any, log2phy: Any, logcnt: Any, out: A
 
 
 def _fill_many(idx: torch.Tensor, counter: Any, log2phy: Any, logcnt: Any, out: Any, slots: int, ranks: int) -> None:
-    from dscompile.kernels.moe_launch import SCAN_BLOCKS
-    from dscompile.kernels.moe_triton import histogram_kernel, scan_kernel
+    from dscompile.kernels.moe_launch import PLAN_BLOCK, count_by_block
     from dscompile.kernels.place_triton import fill_kernel, replica_kernel
 
     experts, rows, idx = log2phy.shape[0], idx.numel(), idx.contiguous()
-    blocks, bins = -(-rows // BLOCK), max(32, _power_of_two(experts + 1))  # one more bin for ids that are no expert's
     sizes, device = _sizes(log2phy, slots, ranks), idx.device
-    table = torch.empty((blocks + 1, bins), dtype=torch.int32, device=device)
-    counts, totals, scratch = table[:blocks], table[blocks], _scratch(idx, 1, sizes)
-    log2phy, logcnt = log2phy.contiguous(), logcnt.contiguous()
-    start_overlapped(histogram_kernel, blocks, device, idx, counts, rows, experts, ROWS=BLOCK, BINS=bins, num_warps=4)
-    step = min(SCAN_BLOCKS, max(32, _power_of_two(blocks)))
-    start_overlapped(
-        scan_kernel,
-        bins // 8,
-        device,
-        counts,
-        totals,
-        blocks,
-        BINS=bins,
-        BLOCKS=step,
-        COLUMNS=8,
-        num_warps=8 if step > 128 else 4,
-    )
+    counts, totals = count_by_block(idx, experts)
+    scratch, log2phy, logcnt = _scratch(idx, 1, sizes), log2phy.contiguous(), logcnt.contiguous()
     start_overlapped(
         fill_kernel,
         1,
@@ -197,7 +180,7 @@ def _fill_many(idx: torch.Tensor, counter: Any, log2phy: Any, logcnt: Any, out: 
     )
     start_overlapped(
         replica_kernel,
-        blocks,
+        len(counts),
         device,
         idx,
         counts,
@@ -209,9 +192,9 @@ def _fill_many(idx: torch.Tensor, counter: Any, log2phy: Any, logcnt: Any, out: 
         experts,
         slots,
         X=sizes["X"],
-        ROWS=BLOCK,
+        ROWS=PLAN_BLOCK,
         SLOTS=32,
-        TABLE=bins,
+        TABLE=counts.shape[1],
         BINS=sizes["BINS"],
         num_warps=4,
     )
