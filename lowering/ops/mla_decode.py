@@ -245,7 +245,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla_decode`."""
     if batch_invariant and len(seqlens) > 1:  # torch picks its kernels by the batch
-        return _one_by_one(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale)
+        by_request = q_latent, q_rope, seqlens, mask, page_table
+        return _one_by_one(len(seqlens), by_request, (latent, k_rope, latent_scale), scale, causal)
     if page_table is not None:
         latent, k_rope = (_gather_pages(pool, page_table, seqlens) for pool in (latent, k_rope))
     if latent_scale is not None:
@@ -273,29 +274,21 @@ def reference(
 
 
 def _one_by_one(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    seqlens: Tensor,
-    mask: Tensor | None,
-    page_table: Tensor | None,
-    scale: float,
-    causal: bool,
-    latent_scale: Tensor | None,
+    requests: int, by_request: tuple[Tensor | None, ...], cache: tuple[Tensor | None, ...], scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`reference` of each request alone."""
+    """`reference` of each request alone; the cache is a request's own where no table of pages shares it."""
+    *_, page_table = by_request
     found = []
-    for b in range(len(seqlens)):
-        one = slice(b, b + 1)
-        keys, turned, scales = latent, k_rope, latent_scale
-        if page_table is None:
-            keys, turned, scales = latent[one], k_rope[one], None if scales is None else scales[one]
-        visible = mask[one] if mask is not None and len(mask) > 1 else mask
-        pages = None if page_table is None else page_table[one]
-        part = q_latent[one], q_rope[one], keys, turned, seqlens[one], visible, pages
-        found.append(reference(*part, scale, causal, scales))
+    for b in range(requests):
+        q_latent, q_rope, length, mask, pages = (_request(x, b) for x in by_request)
+        latent, k_rope, latent_scale = (_request(x, b) for x in cache) if page_table is None else cache
+        found.append(reference(q_latent, q_rope, latent, k_rope, length, mask, pages, scale, causal, latent_scale))
     return torch.cat([o for o, _ in found]), torch.cat([lse for _, lse in found])
+
+
+def _request(x: Tensor | None, b: int) -> Tensor | None:
+    """Its part of request b; a mask of one serves all."""
+    return x if x is None or len(x) == 1 else x[b : b + 1]
 
 
 def _gather_pages(pool_PRX: Tensor, page_table: Tensor, seqlens: Tensor) -> Tensor:
