@@ -281,7 +281,7 @@ def _is_product(node: fx.Node) -> bool:
     names = (*_GROUPED, "bmm", "index_add", "index_add_", "one_hot")
     # `idx == e` of a loop over experts; Dynamo writes a function or a method, by its version.
     compared = called(node).strip("_") == "eq" and any(isinstance(arg, int) for arg in node.args)
-    by_row = called(node) in ("getitem", "index_select") and isinstance(node.args[-1], fx.Node)
+    by_row = called(node) in ("getitem", "index_select") and any(isinstance(a, fx.Node) for a in node.args[1:])
     chosen = by_row and getattr(node.meta.get("example_value"), "ndim", 0) == 3
     return called(node) in names or compared or chosen
 
