@@ -282,6 +282,15 @@ def test_updated_replaces_marked_blocks_alone(tmp_path: Path) -> None:
     assert table.updated(new, tmp_path) == new
 
 
+def test_times_of_a_cpu_stay_in_their_files(tmp_path: Path) -> None:
+    text = "<!-- bench:toy -->\n<!-- /bench -->\n"
+    results.write("toy", [row(card="CPU of a kind, 2 cores")], tmp_path)
+    assert "Not measured yet" in table.updated(text, tmp_path)
+    results.write("toy", [row(card="CPU of a kind, 2 cores"), row(case="on a card")], tmp_path)
+    shown = table.updated(text, tmp_path)
+    assert "| on a card |" in shown and "CPU" not in shown and shown.count("\n| ") == 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
