@@ -86,6 +86,16 @@ class Ranks:
 
 
 @contextlib.contextmanager
+def alone(folder: Path) -> Iterator[dist.ProcessGroup]:
+    """A block in which this process is the only rank of the world."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def ranks(size: int, folder: Path, preload: Sequence[str] = ()) -> Iterator[Ranks]:
     """Started and, whatever happens, ended."""
     started = Ranks(size, folder, preload)

@@ -4,41 +4,20 @@ With the installed Triton, and with another one if DSINFRA_TRITON_NEWEST names a
 (`pip install --target FOLDER triton`).
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.kernels.compiled import compiled_by_either
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 HOPPER_SHARED = 232448  # bytes a CTA may have
 KINDS = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "fp8": "k32.f32.e4m3.e4m3"}
 BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
 
 
-def compile_all(extra_path: str | None) -> dict:
-    path = [extra_path, str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    script = Path(__file__).with_name("compile_gemm_small.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module", params=["installed", "newest"])
 def compiled(request: pytest.FixtureRequest) -> dict:
-    pytest.importorskip("triton", reason="compile_only: Triton is not installed")
-    if request.param == "installed":
-        return compile_all(None)
-    folder = os.environ.get("DSINFRA_TRITON_NEWEST")
-    if not folder:
-        pytest.skip("versions: DSINFRA_TRITON_NEWEST names no folder with another Triton")
-    return compile_all(folder)
+    return compiled_by_either("compile_gemm_small.py", request.param)
 
 
 def products(compiled: dict) -> dict[str, dict]:

@@ -4,17 +4,12 @@ With the installed Triton, and with another one if DSINFRA_TRITON_NEWEST names a
 (`pip install --target FOLDER triton`).
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.kernels.compiled import compiled_by_either
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 HOPPER_SHARED = 232448  # bytes a CTA may have
 CONSUMER_SHARED = 101376
 NEWEST_STACK = 32  # bytes a thread that the assembler of Triton 3.9 keeps there where 3.6's keeps none
@@ -22,25 +17,9 @@ WIDEST_SPILLS = 512  # bytes: 16 rows of 1024 columns and their queries are more
 DEALT = ("gluon-paged", "gluon-paged-float16", "gluon-plain-mask")  # by lengths, on the device
 
 
-def compile_all(extra_path: str | None) -> dict:
-    path = [extra_path, str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    script = Path(__file__).with_name("compile_mla_decode.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module", params=["installed", "newest"])
 def compiled(request: pytest.FixtureRequest) -> dict:
-    pytest.importorskip("triton", reason="compile_only: Triton is not installed")
-    if request.param == "installed":
-        return compile_all(None)
-    folder = os.environ.get("DSINFRA_TRITON_NEWEST")
-    if not folder:
-        pytest.skip("versions: DSINFRA_TRITON_NEWEST names no folder with another Triton")
-    return compile_all(folder)
+    return compiled_by_either("compile_mla_decode.py", request.param)
 
 
 def named(compiled: dict, start: str, kernel: str) -> dict[str, dict]:

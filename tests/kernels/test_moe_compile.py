@@ -1,26 +1,13 @@
 """What the compiler makes of the kernels around the grouped GEMMs: spills, wide accesses, warp-wide reductions."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.kernels.compiled import compiled_by
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    pytest.importorskip("triton", reason="compile_only: Triton is not installed")
-    path = [str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    script = Path(__file__).with_name("compile_moe.py")
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return compiled_by("compile_moe.py")
 
 
 def test_nothing_spills(compiled: dict) -> None:

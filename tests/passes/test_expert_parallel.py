@@ -21,6 +21,7 @@ from dscompile.passes.graph import called
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord
 from dscompile.runtime import groups
+from tests import ranks
 from tests.zoo.expert_parallel import build, rows
 
 PAIRS = ["dispatch_start", "dispatch_wait", "experts", "combine_start", "combine_wait"]
@@ -29,10 +30,8 @@ PAIRS = ["dispatch_start", "dispatch_wait", "experts", "combine_start", "combine
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
     """A group of this process alone, which exchanges with itself."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    with ranks.alone(tmp_path_factory.mktemp("group")) as group:
+        yield group
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,6 +17,7 @@ from dscompile.passes import microbatch, pipeline
 from dscompile.passes.microbatch import Asked
 from dscompile.passes.separable import Axis, Mixes, analyse, half, prove
 from dscompile.runtime import groups
+from tests import ranks
 from tests.passes.microbatch_checks import ALWAYS, ONE_BEHIND_THE_OTHER, Flat, compiled
 from tests.zoo.expert_parallel import Stack, build, rows
 from tests.zoo.hf import build_model, tokens
@@ -28,10 +28,8 @@ B, S, D = 4, 3, 8
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The name of a group of this process alone, which exchanges with itself."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield groups.join(dist.group.WORLD).name
-    dist.destroy_process_group()
+    with ranks.alone(tmp_path_factory.mktemp("group")) as group:
+        yield groups.join(group).name
 
 
 # ------------------------------------------------------------------ the rules

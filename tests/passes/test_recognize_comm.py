@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import fx, nn
 
-from dscompile.passes import graph_copy, pipeline
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord
 from dscompile.runtime import groups
+from tests import ranks
+from tests.passes.test_expert_parallel import passed
 from tests.zoo.expert_parallel import SharedToy, rows
 from tests.zoo.experts import ToyExperts
 
@@ -23,10 +23,8 @@ from tests.zoo.experts import ToyExperts
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Name of a group of this process alone."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
+    with ranks.alone(tmp_path_factory.mktemp("group")) as group:
+        yield group.group_name
 
 
 class Eight(ToyExperts):
@@ -57,19 +55,7 @@ def spread(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -
     """The record of expert_parallel on two ranks that exist in name only, and the graph."""
     stub: Any = SimpleNamespace(name="named", size=2, rank=1)
     monkeypatch.setitem(groups._GROUPS, "named", stub)
-    found: list[tuple[pipeline.Outcome, fx.GraphModule]] = []
-
-    def backend(module: fx.GraphModule, inputs: list) -> Any:
-        copied = graph_copy.copied(module)[0]
-        found.append((pipeline.run(copied, inputs, ep=("named", 16)), copied))
-        return module.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(x)
-    ((outcome, module),) = found
-    assert outcome.error is None, outcome.error
-    return next(r for r in outcome.records if r.name == "expert_parallel"), module
+    return passed(model, x, ("named", 16))
 
 
 @pytest.mark.parametrize("how", ["exchanged", "summed"])

@@ -11,16 +11,15 @@ import torch.distributed as dist
 from dscompile.passes.placement import Book
 from dscompile.runtime.expert_slots import PlacedExperts
 from dscompile.runtime.expert_store import ExpertStore, ExpertStoreError
+from tests import ranks
 from tests.zoo.expert_parallel import Stack, build, rows
 from tests.zoo.experts import Layer, ToyExperts
 
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with ranks.alone(tmp_path_factory.mktemp("group")):
+        yield
 
 
 def test_a_model_computes_from_its_slots_wherever_experts_are() -> None:

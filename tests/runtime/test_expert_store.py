@@ -6,20 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dscompile.runtime.expert_store import ExpertStore, ExpertStoreError, expert_weights
+from tests import ranks
 from tests.zoo.expert_parallel import build, rows
 from tests.zoo.experts import Layer, ToyExperts
 
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with ranks.alone(tmp_path_factory.mktemp("group")):
+        yield
 
 
 def holding(**shapes: tuple[int, ...]) -> nn.Module:
