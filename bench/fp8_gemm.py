@@ -94,7 +94,8 @@ def _rows(p: Problem, group: int, rows: torch.Tensor) -> Problem:
 def _fp8(*shape: int) -> torch.Tensor:
     values = torch.empty(shape, device="cuda", dtype=FP8)
     for piece in values.view(-1).split(CHUNK):
-        piece.copy_(torch.randn(len(piece), device="cuda", dtype=torch.bfloat16) * 100)
+        # Not beyond the dtype's largest value, which would become NaN.
+        piece.copy_((torch.randn(len(piece), device="cuda", dtype=torch.bfloat16) * 100).clamp_(-448, 448))
     return values
 
 

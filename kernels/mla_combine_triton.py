@@ -17,7 +17,7 @@ kernel ends, and waits for it here.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -95,6 +95,7 @@ def combine_splits_kernel(
 ):
     """Formula, arguments and grid: at the head of this file."""
     if PDL:
+        gdc_launch_dependents()  # what comes behind may set itself up meanwhile, and waits in its turn
         gdc_wait()
     blocks = tl.cdiv(rows, ROWS)
     if PLANNED:

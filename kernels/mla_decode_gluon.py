@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dscompile.kernels.launch import aggregate, cta_barrier, tma_load
 from dscompile.kernels.mla_decode_parts_gluon import (
@@ -187,6 +187,8 @@ def _lead(outputs, mask, b, g, HAS_MASK: gl.constexpr, PLANNED: gl.constexpr, ST
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(b.k_empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
+        if n == g.items - 1:  # Not before: programs of the next kernel would crowd on the few SMs that are free by then.
+            gdc_launch_dependents()
         inv_l = gl.where(l > 0, 1.0 / l, 0.0)
         mbarrier.wait(b.p_empty, p_phase ^ 1)
         b.alpha.store(inv_l)
@@ -313,6 +315,7 @@ def mla_decode_gluon_kernel(
         mbarrier.init(b.k_full.index(stage), count=1)
         mbarrier.init(b.k_empty.index(stage), count=2)
     fence_async_shared()
+    gdc_wait()  # for what the kernel ahead has written: all above may run beside its end
     tile, part, item, begin, items, stop = stretch(
         seqlens_ptr, capacity, tiles, splits, rows, requests, pieces, piece_pages, PLANNED, LANES
     )
@@ -337,8 +340,6 @@ def mla_decode_gluon_kernel(
         stop,
     )
     mask = (mask_ptr, mask_stride_b, mask_stride_s, mask_stride_t)
-    if PLANNED:  # Equal parts end together: what waits for them would crowd on the few SMs that are free until then.
-        gdc_launch_dependents()  # the second kernel's programs take the place of those that end first, and wait there
     # Registers of the workers: with the rest for `lead` they use up the 504 = 3 * 168 of `maxnreg`.
     gl.warp_specialize(
         [

@@ -102,6 +102,7 @@ def launch_gluon(
         num_warps=4,
         STAGES=2,
         maxnreg=168,
+        launch_pdl=True,
     )
 
 

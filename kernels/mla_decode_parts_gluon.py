@@ -141,7 +141,9 @@ def stretch(
     part = gl.program_id(0) // tiles
     if PLANNED:
         parts = gl.num_programs(0) // tiles
-        lanes: gl.constexpr = gl.BlockedLayout([LANES // 128], [32], [4], [0])
+        # Up to 512 items, each warp holds all of them: nothing is exchanged through shared memory.
+        WARPS: gl.constexpr = 1 if LANES <= 512 else 4
+        lanes: gl.constexpr = gl.BlockedLayout([LANES // (32 * WARPS)], [32], [4], [0])
         cost, end, total, longest = _weigh(
             gl.arange(0, LANES, lanes), seqlens, capacity, requests * pieces, pieces, piece_pages
         )
