@@ -49,6 +49,7 @@ def mla_decode(
     impl: str = "gluon",
     splits: int | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q over the cache -> o [B, S, H, C] in q's dtype, lse [B, S, H] float32 (natural logarithm).
 
@@ -68,10 +69,12 @@ def mla_decode(
         impl: "gluon" or "triton".
         splits: equal parts that each request's keys are cut into, one to a program. When None, the device deals the
             pages of more than 8 requests to as many programs as run at a time, by the lengths (`mla_schedule`).
-            Requests of one tensor (a static cache: they are equally long), few ones and more than 2048 get equal
-            parts, as many as `pick_splits` says by the capacity.
+            Requests that are equally long (see `equal_lengths`), few ones and more than 2048 get equal parts, as many
+            as `pick_splits` says by the capacity.
         batch_invariant: a request's bits depend on its own data, on the capacity, and on nothing else of the batch.
             Requests are cut by the capacity alone; those with more than 2048 pieces in all take several launches.
+        equal_lengths: a promise, for speed alone, that nothing is gained by weighing lengths. Requests without a page
+            table (a static cache) are taken to be so.
 
     A row that sees no key gives o = 0 and lse = -inf.
 
@@ -104,6 +107,7 @@ def mla_decode(
         impl=impl,
         splits=splits,
         batch_invariant=batch_invariant,
+        equal_lengths=equal_lengths,
     )
 
 
@@ -122,6 +126,7 @@ def mla_decode_unchecked(
     impl: str,
     splits: int | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mla_decode` for a caller that has checked the contract and asked for the refusal itself."""
     requests, s_q, heads, width = q_latent.shape
@@ -138,7 +143,7 @@ def mla_decode_unchecked(
         tiles = -(-rows // tile_rows(impl, rows, latent))
         programs = launch.sm_count(device) * (1 if impl == "gluon" else 2)  # as many as run at a time
         deal = mla_schedule.deal(requests, rows, tiles, capacity, programs, batch_invariant)
-        alike = page_table is None or requests <= FEW_REQUESTS
+        alike = equal_lengths or page_table is None or requests <= FEW_REQUESTS
         if batch_invariant and deal.items > MAX_PLANNED:
             step, cache = MAX_PLANNED // deal.pieces, (latent, k_rope, latent_scale)
             queries, options = (q_latent, q_rope), (scale, causal, impl)

@@ -187,8 +187,8 @@ def _lead(outputs, mask, b, g, HAS_MASK: gl.constexpr, PLANNED: gl.constexpr, ST
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(b.k_empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
-        if n == g.items - 1:  # Not before: programs of the next kernel would crowd on the few SMs that are free by then.
-            gdc_launch_dependents()
+        if n == g.items - 1:
+            gdc_launch_dependents()  # not before: the next kernel's programs would crowd on the few SMs free by then
         inv_l = gl.where(l > 0, 1.0 / l, 0.0)
         mbarrier.wait(b.p_empty, p_phase ^ 1)
         b.alpha.store(inv_l)

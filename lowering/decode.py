@@ -32,6 +32,7 @@ def supports(
     causal: bool,
     latent_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> Decision:
     """Whether the kernel `impl` takes the arguments: CUDA tensors of contiguous columns, then its own limits."""
     if q_latent.device.type != "cuda":
@@ -73,6 +74,7 @@ def run(
     causal: bool,
     latent_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel `impl`; lengths and table rows are made contiguous where they aren't.
 
@@ -95,6 +97,7 @@ def run(
         latent_scale,
         impl=impl,
         batch_invariant=batch_invariant,
+        equal_lengths=equal_lengths,
     )
 
 

@@ -150,8 +150,9 @@ def _absorb(site: Bindings, lengths: dict[tuple, tuple[fx.Node | None, fx.Node]]
         q_latent = e.call(aten.einsum.default, "bhsn,hnc->bshc", [q_nope, w_uk])
         q_turned = e.call(aten.transpose.int, q_rope, 1, 2)
         decode = torch.ops.dsinfra.mla_decode.default
-        if batch_invariant:
-            rest = [*(rest or [None]), True]
+        equal = table is not None and (site.mask.kind in ("full", "causal") or site.mask.same_for_all)
+        if batch_invariant or equal:
+            rest = [*(rest or [None]), batch_invariant, *([True] if equal else [])]
         node = e.call(decode, q_latent, q_turned, latent, k_rope, seqlens, operand, table, scale, causal, *rest)
         o = e.call(aten.einsum.default, "bshc,hvc->bshv", [e.item(node, 0), w_uv])
         o = e.call(aten.transpose.int, o, 1, 2)

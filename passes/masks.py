@@ -28,12 +28,16 @@ HIDDEN = -1.0e4  # an additive mask at or below this hides the key in float16 an
 
 @dataclass(frozen=True)
 class Mask:
-    """``kind`` as above; ``node`` is the mask where it has to be kept or counted; ``why`` says why it is kept."""
+    """``kind`` as above; ``node`` is the mask where it has to be kept or counted; ``why`` says why it is kept.
+
+    ``same_for_all``: of the kind ``length``, every request of the batch is proved to have one and the same.
+    """
 
     kind: str
     node: fx.Node | None = None
     boolean: bool = True
     why: str = ""
+    same_for_all: bool = False
 
 
 def classify(
@@ -49,7 +53,8 @@ def classify(
     """Kind of the mask ``node``, broadcastable to scores with these ``labels``; ``inverted`` if True hides."""
     boolean = node.meta["val"].dtype == torch.bool
     try:
-        return Mask(_kind(evaluate, node, (queries, keys), time, labels, inverted), node, boolean)
+        kind, same = _kind(evaluate, node, (queries, keys), time, labels, inverted)
+        return Mask(kind, node, boolean, same_for_all=same)
     except Unknown as why:
         return Mask("operand", node, boolean, str(why))
     except SlidingWindow:
@@ -58,7 +63,10 @@ def classify(
         return Mask("operand", node, boolean, why.found)
 
 
-def _kind(evaluate: Evaluate, node: fx.Node, plane: tuple[int, int], time: int, labels: str, inverted: bool) -> str:
+def _kind(
+    evaluate: Evaluate, node: fx.Node, plane: tuple[int, int], time: int, labels: str, inverted: bool
+) -> tuple[str, bool]:
+    """-> the kind of all planes, and whether they are one ``length``, every plane having been looked at."""
     shape = evaluate.sizes.shape(node)
     if len(shape) > len(labels):
         raise Unknown(f"it has {len(shape)} dimensions")
@@ -75,15 +83,16 @@ def _kind(evaluate: Evaluate, node: fx.Node, plane: tuple[int, int], time: int, 
     for one in chosen:
         fixed = dict(zip(lead, np.unravel_index(one, tuple(lead.values())), strict=True)) if lead else {}
         kinds.add(_plane(evaluate, node, labels, fixed, plane, time, inverted))
-    if len(kinds) != 1:
+    names = {kind for kind, _ in kinds}
+    if len(names) != 1:
         raise Unknown("it differs between requests or heads")
-    return kinds.pop()
+    return names.pop(), len(kinds) == 1 and len(chosen) == planes
 
 
 def _plane(
     evaluate: Evaluate, node: fx.Node, labels: str, fixed: dict, plane: tuple[int, int], time: int, inverted: bool
-) -> str:
-    """Kind of one [S, T] plane of the mask."""
+) -> tuple[str, bytes]:
+    """Kind of one [S, T] plane of the mask, and what its length is, if that is its kind: bounds of one unknown."""
     shape = dict(zip(labels, evaluate.sizes.shape(node), strict=True))
     rows, cols = shape.get("s", 1), shape.get("t", 1)
     at = {"s": np.arange(rows)[:, None], "t": np.arange(cols)[None, :]}
@@ -92,10 +101,10 @@ def _plane(
     if isinstance(seen, Truth) and seen.constant.all():
         seen = Flag(seen.always)
     if isinstance(seen, Flag):
-        return _constant_kind(np.broadcast_to(seen.value, plane), *plane)
+        return _constant_kind(np.broadcast_to(seen.value, plane), *plane), b""
     low, high, ident = (np.broadcast_to(x, plane)[0] for x in (seen.low, seen.high, seen.ident))
     if plane[0] == 1 and _is_prefix(low, high, ident):
-        return "length"
+        return "length", b"".join(np.ascontiguousarray(x).tobytes() for x in (low, high, ident))
     raise Unknown("it depends on a length or position that only the device knows")
 
 

@@ -177,7 +177,7 @@ class Recognizer:
                 for e, (s, t) in zip(evaluators, shapes, strict=True)
             ]
             if len({m.kind for m in found}) == 1:
-                self._masks[key] = found[0]
+                self._masks[key] = replace(found[0], same_for_all=all(m.same_for_all for m in found))
             else:
                 self._masks[key] = Mask("operand", node, found[0].boolean, "it differs between sizes")
         return self._masks[key]

@@ -15,6 +15,9 @@ With `batch_invariant`, the bits of a request depend on its own data, on the cac
 on how many requests there are, nor on their lengths. Work is then cut by the capacity alone, which costs time (up to
 half as much again on an H100, measured up to 128 requests).
 
+With `equal_lengths`, the caller says that all requests are equally long: only speed depends on it. Requests of two
+plain tensors are taken to be so.
+
 Refused: gradients (use `dsinfra::mla` to train), pages of another size, masks that aren't bool.
 """
 
@@ -45,7 +48,8 @@ PAGE = 64
 
 _SCHEMA = (
     "(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor seqlens, Tensor? mask, Tensor? page_table,"
-    " float scale, bool causal, Tensor? latent_scale=None, bool batch_invariant=False) -> (Tensor o, Tensor lse)"
+    " float scale, bool causal, Tensor? latent_scale=None, bool batch_invariant=False,"
+    " bool equal_lengths=False) -> (Tensor o, Tensor lse)"
 )
 _DIMS = {"q_latent": 4, "q_rope": 4, "latent": 3, "k_rope": 3}
 
@@ -221,6 +225,7 @@ def _fake(
     causal: bool,
     latent_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
     B, S, H, C = q_latent.shape
@@ -242,6 +247,7 @@ def reference(
     causal: bool,
     latent_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch on any device, in float32 throughout (float64 for float64); see `dsinfra::mla_decode`."""
     if batch_invariant and len(seqlens) > 1:  # torch picks its kernels by the batch
@@ -313,10 +319,22 @@ def _kernel(
     causal: bool,
     latent_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
     return table("mla_decode").run(
-        q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, scale, causal, latent_scale, batch_invariant
+        q_latent,
+        q_rope,
+        latent,
+        k_rope,
+        seqlens,
+        mask,
+        page_table,
+        scale,
+        causal,
+        latent_scale,
+        batch_invariant,
+        equal_lengths,
     )
 
 

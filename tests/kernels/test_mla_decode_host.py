@@ -14,6 +14,7 @@ from dscompile.kernels.mla_decode import (
     KernelLimit,
     gluon_refusal,
     mla_decode,
+    mla_decode_unchecked,
     pick_splits,
     triton_refusal,
 )
@@ -51,6 +52,17 @@ def test_pick_splits_stays_within_its_bounds(sms: int) -> None:
     for programs in range(1, 400, 7):
         for pages in (1, 3, 9, 100, 10_000):
             assert 1 <= pick_splits(programs, pages, sms) <= min(MAX_SPLITS, pages)
+
+
+@pytest.mark.parametrize("equal_lengths", [False, True])
+def test_lengths_are_weighed_unless_they_are_equal(equal_lengths: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a few requests of a paged cache: what is launched knows the plan, or equal parts."""
+    launched = []
+    monkeypatch.setattr("dscompile.kernels.mla_decode.launch_triton", lambda *args: launched.append(args[-1]))
+    monkeypatch.setattr("dscompile.kernels.mla_decode.launch_combine", lambda *args: None)
+    args = make(Case(lengths=(70,) * 9, s_q=1, capacity=128, layout="paged"), "cpu")
+    mla_decode_unchecked(*args, impl="triton", equal_lengths=equal_lengths)
+    assert [work.deal is None for work in launched] == [equal_lengths]
 
 
 NAMES = ("q_latent", "q_rope", "latent", "k_rope", "seqlens", "mask", "page_table", "scale", "causal")

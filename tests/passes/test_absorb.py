@@ -416,6 +416,7 @@ def test_the_paged_cache_of_the_adapters() -> None:
     (node,) = calls_of(graph, DECODE)
     table = node.args[6]
     assert table is not None and table.meta["example_value"].shape == (2, 2)
+    assert node.args[9:] == (None, False, True), "one length for all requests is proved, and nothing is weighed"
     assert node.args[2].meta["example_value"].shape == (4, 64, hf.MICRO["kv_lora_rank"])
     gathered = [n for n in pipeline._live(graph.graph) if n.op == "call_function" and table in n.all_input_nodes]
     shapes = [tuple(n.meta["example_value"].shape) for n in gathered if hasattr(n.meta.get("example_value"), "shape")]

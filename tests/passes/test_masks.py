@@ -99,7 +99,22 @@ def test_static_cache_length_is_a_prefix():
     def mask(length):
         return (torch.arange(T)[None] <= torch.arange(1)[:, None] + length)[None, None].expand(2, 1, 1, T)
 
-    assert classify(mask, (torch.tensor(3),), 1, T).kind == "length"
+    found = classify(mask, (torch.tensor(3),), 1, T)
+    assert found.kind == "length" and found.same_for_all
+
+
+def test_lengths_of_their_own():
+    """One unknown for each request, or two lengths of one unknown: prefixes all the same, but not one."""
+
+    def own(lengths):
+        return torch.arange(T)[None, None, None] < lengths[:, None, None, None]
+
+    def shifted(length):
+        return torch.arange(T)[None, None, None] < (length + torch.arange(2))[:, None, None, None]
+
+    for mask, given in ((own, torch.tensor([3, 4])), (shifted, torch.tensor(3))):
+        found = classify(mask, (given,), 1, T)
+        assert found.kind == "length" and not found.same_for_all
 
 
 def test_static_cache_length_with_positions_that_cancel():
