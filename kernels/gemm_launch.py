@@ -14,6 +14,7 @@ import torch
 
 from dscompile.kernels import launch
 from dscompile.kernels.gemm_plan import STEP_BYTES, STORE_WIDTH, GemmPlan
+from dscompile.kernels.overlap import start_known
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ def launch_gluon(call: Call, plan: GemmPlan) -> None:
     box = plan.bn // 2 if call.swiglu else plan.bn
     tiles_n = -(-y.shape[1] // box)
     stand_in = x if call.bounds is None else call.bounds
-    launch.start(
+    start_known(
         gemm_gluon_kernel,
-        (min(launch.sm_count(x.device), call.tiles_at_most(plan.bm, tiles_n)),),
+        min(launch.sm_count(x.device), call.tiles_at_most(plan.bm, tiles_n)),
+        x.device,
         _tensor_map(x, (plan.bm, step)),
         _tensor_map(w.transpose(1, 2) if kn else w, (1, step, box) if kn else (1, box, step)),
         _tensor_map(y, (64, STORE_WIDTH)),

@@ -1,4 +1,4 @@
-"""Launches of short kernels, cheap on the host and overlapped on the device.
+"""Launches that are cheap on the host, and of short kernels those that overlap on the device.
 
 At decode a kernel lasts about as long as its launch, on either side. On Hopper a kernel that takes OVERLAP begins with
 `begin(OVERLAP)` (programmatic dependent launch): it lets the next kernel be launched at once, and waits until all
@@ -24,15 +24,20 @@ def start_overlapped(kernel: Any, grid: int, device: torch.device, *args: Any, *
     args are the kernel's run-time arguments; its constants, all but OVERLAP, and launch options are named.
     """
     overlap = (capability(device) or (0, 0)) >= (9, 0)
+    start_known(kernel, grid, device, *args, OVERLAP=overlap, launch_pdl=overlap, **options)
+
+
+def start_known(kernel: Any, grid: int, device: torch.device, *args: Any, **options: Any) -> None:
+    """As `start_overlapped`, of a kernel that takes no OVERLAP, or as its caller says. Gluon's tensor maps are looked
+    up by dtype and box: for one kernel and argument, these must settle their layout in shared memory."""
     if device.type != "cuda":
-        start(kernel, (grid,), *args, OVERLAP=overlap, launch_pdl=overlap, **options)
+        start(kernel, (grid,), *args, **options)
         return
     key = (id(kernel), device.index, *options.items(), *map(_kind, args))
     found = _compiled.get(key)
     elsewhere = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if found is None:
-            options.update(OVERLAP=overlap, launch_pdl=overlap)
             compiled = kernel[(grid,)](*args, **options)
             _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
         else:
@@ -46,4 +51,6 @@ def _kind(x: Any) -> Any:
         return x.dtype, x.data_ptr() % 16
     if isinstance(x, int):
         return x == 1, x % 16 == 0, x.bit_length() > 31
+    if hasattr(x, "block_shape"):
+        return x.base.dtype, *x.block_shape
     return type(x)

@@ -163,6 +163,13 @@ def test_launches_are_told_apart_as_triton_specialises() -> None:
     assert len({_kind(value) for value in (1, 2, 16, 1 << 31, (1 << 31) + 1)}) == 5
     assert _kind(3) == _kind(5) and _kind(32) == _kind(4096) and _kind(0) == _kind(16)
     assert _kind(None) != _kind(1.0) == _kind(2.0)
+    if launch.has_gluon():
+        from dscompile.kernels.gemm_launch import _tensor_map
+
+        square = torch.zeros(64, 64, dtype=torch.bfloat16)
+        found = _kind(_tensor_map(square, (64, 32)))
+        assert found == _kind(_tensor_map(square[:8], (64, 32))) != _kind(_tensor_map(square, (32, 32)))
+        assert found != _kind(_tensor_map(square.half(), (64, 32)))
 
 
 def test_without_triton_everything_imports_and_says_so() -> None:
