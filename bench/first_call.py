@@ -7,6 +7,7 @@ it started, because machines without a card are usually shared: seconds a neighb
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -135,6 +136,7 @@ def _worker(variant_name: str, model_name: str, call_name: str, dry: str) -> Non
     from dscompile import report
 
     case, analysis = Case(model_name, call_name), _timed_passes()
+    importlib.import_module("torch._inductor.compile_fx")  # as all imports, in no compiler's time
     variant = next(v for v in compiled.variants(None, bool(int(dry))) if v.name == variant_name)
     with torch.set_grad_enabled(call_name == "train"):
         model = _build(case)
