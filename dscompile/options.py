@@ -52,6 +52,12 @@ def check_inductor(name: str, value: Any) -> None:
         raise OptionError(
             f"options[{name!r}] is {value!r}, a {type(value).__name__}; this setting of Inductor must be a {wanted}."
         )
+    if name.replace("-", "_") in inductor.APART and value:
+        raise OptionError(
+            f"options[{name!r}] is True: Inductor's kernels then wait only for the kernel right ahead of them, and "
+            "dsinfra's kernels begin before that one has ended. Leave it out, or give enable=False to compile with "
+            "Inductor alone."
+        )
     if name.replace("-", "_") == "implicit_fallbacks" and not value:
         raise OptionError(
             "options['implicit_fallbacks'] is False, and Inductor calls dsinfra's operators as such fallbacks: no "

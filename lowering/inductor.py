@@ -57,6 +57,11 @@ class Stamp(CustomGraphPass):
         return f"dsinfra:{self.key}"
 
 
+# Settings that are wrong beside our kernels. With PDL, Inductor's kernels don't wait for a kernel ahead whose results
+# they don't read, nor so for those ahead of it; ours begin before that one has ended.
+APART = ("triton.enable_pdl",)
+
+
 class Chain(CustomGraphPass):
     """Several passes as one, for a torch whose setting holds a single one.
 
@@ -119,8 +124,8 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor on a rewritten graph, under settings of this call alone.
 
-    The stamp is added to whatever passes are set when a graph is compiled: a backward is compiled later than its
-    forward, and under the settings of that moment, as without us.
+    The stamp is added to whatever passes are set when a graph is compiled, and :data:`APART` switched off: a backward
+    is compiled later than its forward, and under the settings of that moment, as without us.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -128,7 +133,8 @@ def compile_graph(
     stamp = Stamp(sources_digest() + key)
 
     def stamp_set() -> Any:
-        return config.patch({HOOK: stamped(getattr(config, HOOK), stamp)})
+        apart = dict.fromkeys(filter(is_option, APART), False)
+        return config.patch({HOOK: stamped(getattr(config, HOOK), stamp), **apart})
 
     @functools.wraps(compile_fx_inner)
     def inner(*args: Any, **kwargs: Any) -> Any:

@@ -64,6 +64,7 @@ def no_grad() -> Any:
         ({"enable": False, "batch_invariant": True}, ["['enable'] is False", "options['batch_invariant'] is True"]),
         ({"batch_invariant": 1}, ["options['batch_invariant'] is 1", "True or False"]),
         ({"max_autotune": "yes"}, ["options['max_autotune'] is 'yes', a str", "must be a bool"]),
+        ({"triton.enable_pdl": True}, ["options['triton.enable_pdl'] is True", "Leave it out"]),
         ({"implicit_fallbacks": False}, ["options['implicit_fallbacks'] is False", "enable=False"]),
         ({"inner": "eager", "max_autotune": True}, ["'max_autotune'] is a setting of Inductor", "'inner'] is 'eager'"]),
         ({"enable": False, "strict": True}, ["['enable'] is False", "options['strict'] is True", "Leave one"]),
