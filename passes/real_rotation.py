@@ -1,11 +1,12 @@
 """real_rotation: a product of complex numbers that is read as real pairs -> the same product in real arithmetic.
 
 Before:  view_as_real(view_as_complex(x) * table)               x real [..., n, 2], table complex
-After:   stack([x0 * c - x1 * s, x0 * s + x1 * c], -1)          c, s = the table's real and imaginary part
+After:   x * c + x.flip(-1) * s * [-1, 1]                       c, s = the table's real and imaginary part
 
 Rotary embeddings are written so by DeepSeek, Llama and torchtitan. Inductor has no code for complex numbers: it calls
 ATen for the product and writes x out and reads the result back around it; in real arithmetic all of it fuses into its
-neighbours. *Exact*: the four products and two sums that define a complex product.
+neighbours: one formula for both parts, for two that are stacked would each be computed for every element that they
+are joined with. *Exact*: the four products and two sums that define a complex product; a - b is a + b * -1.
 
 Refuses a product that is read as a complex number as well, and a result whose strides would differ.
 """
@@ -58,10 +59,13 @@ def _rewrite(product: fx.Node, site: Site) -> bool:
     e = Emitter(product)
     before = next(iter(product.users)).meta["example_value"]
     try:
-        (x, y), (c, s) = (_parts(e, factor) for factor in product.args)
-        real = e.call(aten.sub.Tensor, e.call(aten.mul.Tensor, x, c), e.call(aten.mul.Tensor, y, s))
-        imaginary = e.call(aten.add.Tensor, e.call(aten.mul.Tensor, x, s), e.call(aten.mul.Tensor, y, c))
-        pairs = _stacked(e, real, imaginary, product.meta["example_value"])
+        x, table = (_pairs(e, factor) for factor in product.args)
+        c, s = (e.call(aten.slice.Tensor, table, -1, part, part + 1) for part in (0, 1))
+        real = x.meta["example_value"]
+        sign = e.call(aten.arange.start_step, -1, 2, 2, dtype=real.dtype, device=real.device)
+        crossed = e.call(aten.mul.Tensor, e.call(aten.mul.Tensor, e.call(aten.flip.default, x, [-1]), s), sign)
+        turned = e.call(aten.add.Tensor, e.call(aten.mul.Tensor, x, c), crossed)
+        pairs = _laid_out(e, turned, product.meta["example_value"])
     except Exception:  # ATen refuses it, for example view_as_real of a conjugate
         e.undo()
         return False
@@ -75,30 +79,28 @@ def _rewrite(product: fx.Node, site: Site) -> bool:
     return True
 
 
-def _parts(e: Emitter, node: object) -> tuple[fx.Node, fx.Node]:
-    """Real and imaginary part of a factor; read where the product reads it, so that no write comes in between."""
+def _pairs(e: Emitter, node: object) -> fx.Node:
+    """A factor as pairs [..., 2]; read where the product reads it, so that no write comes in between."""
     assert isinstance(node, fx.Node)
     if torch_call(node) == "view_as_complex":
         pairs = node.args[0]
-    elif torch_call(node) == "unsqueeze" and len(node.args) == 2 and not node.kwargs:
-        real, imaginary = _parts(e, node.args[0])
-        return e.call(aten.unsqueeze.default, real, node.args[1]), e.call(
-            aten.unsqueeze.default, imaginary, node.args[1]
-        )
-    else:
-        pairs = e.call(aten.view_as_real.default, node)
-    return e.call(aten.select.int, pairs, -1, 0), e.call(aten.select.int, pairs, -1, 1)
+        assert isinstance(pairs, fx.Node)
+        # Its last size may be a symbol that is known to be 2: here the number takes its place.
+        return e.call(aten.expand.default, pairs, [-1] * (pairs.meta["example_value"].dim() - 1) + [2])
+    if torch_call(node) == "unsqueeze" and len(node.args) == 2 and isinstance(node.args[1], int) and not node.kwargs:
+        place = node.args[1]
+        return e.call(aten.unsqueeze.default, _pairs(e, node.args[0]), place if place >= 0 else place - 1)
+    return e.call(aten.view_as_real.default, node)
 
 
-def _stacked(e: Emitter, real: fx.Node, imaginary: fx.Node, like: torch.Tensor) -> fx.Node:
+def _laid_out(e: Emitter, pairs: fx.Node, like: torch.Tensor) -> fx.Node:
     """[..., 2], the other dimensions in memory in the order that they have in ``like``."""
     dims = range(like.dim())
     for order in itertools.permutations(dims):  # the first is the order of the dimensions themselves
         shape = [like.shape[i] for i in order]
         if _strides(shape, expressions(like.stride(i) for i in order)) == _strides(shape, packed(shape)):
-            both = [e.call(aten.permute.default, part, order) for part in (real, imaginary)]
-            back = [*(order.index(i) for i in dims), like.dim()]
-            return e.call(aten.permute.default, e.call(aten.stack.default, both, -1), back)
+            dense = e.call(aten.contiguous.default, e.call(aten.permute.default, pairs, [*order, like.dim()]))
+            return e.call(aten.permute.default, dense, [*(order.index(i) for i in dims), like.dim()])
     raise ValueError("the product is no dense tensor")
 
 
