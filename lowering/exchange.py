@@ -26,8 +26,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from dscompile.lowering.block_scales import FP8, blocks, padded_rows
 from dscompile.lowering.errors import OperatorError
 from dscompile.lowering.select import YES, Decision, no, table
 from dscompile.runtime import groups
@@ -61,18 +63,25 @@ class Spec:
 class Payload(NamedTuple):
     """What an exchange moves: rows [_,width] of a dtype, and (K, dtype) of what is beside each.
 
-    routing: of ids and weights where tokens find their experts, of weights alone where their gradients come back.
+    routing: of ids and weights where tokens find their experts, of weights alone where their gradients come back. Rows
+    in FP8 have a float32 scale for 128 columns beside them. back: the direction is that of a combine.
     """
 
     width: int
     dtype: torch.dtype
     device: torch.device
     routing: tuple[tuple[int, torch.dtype], ...] = ()
+    back: bool = False
 
     @staticmethod
-    def of(rows: Tensor, *beside: Tensor | None) -> Payload:
+    def of(rows: Tensor, *beside: Tensor | None, back: bool = False) -> Payload:
         routing = tuple((part.shape[1], part.dtype) for part in beside if part is not None)
-        return Payload(rows.shape[1], rows.dtype, rows.device, routing)
+        return Payload(rows.shape[1], rows.dtype, rows.device, routing, back)
+
+    @property
+    def scales(self) -> int:
+        """float32 scales beside a row."""
+        return blocks(self.width) if self.dtype is FP8 else 0
 
 
 Inbox = tuple[tuple[int, ...], torch.dtype]
@@ -82,13 +91,14 @@ class Arrived(NamedTuple):
     """What a dispatch brought: rows [M,D], ids [M,K] int32, weights [M,K] and `arrived` [M+W] int32.
 
     Ids are those of this rank's experts, -1 where a choice is another rank's and all over rows that are unused, whose
-    `rows` may hold anything.
+    `rows` and scales may hold anything. scale: of rows in FP8, float32 [ceil(D/128),ceil4(M)] (`block_scales`).
     """
 
     rows: Tensor
     ids: Tensor
     weights: Tensor
     arrived: Tensor
+    scale: Tensor | None = None
 
 
 class Exchange(Protocol):
@@ -100,12 +110,14 @@ class Exchange(Protocol):
     def inbox(self, payload: Payload, spec: Spec) -> Inbox:
         """Shape and dtype of what a `start` returns. Called at trace time too: it reads nothing else."""
 
-    def dispatch_start(self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    def dispatch_start(
+        self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
         """Begin to send x [T,D], ids [T,K], those outside [0,E) of nobody, and weights [T,K]; T <= capacity. -> plan,
-        inbox"""
+        inbox. scale: of x in FP8, float32 [ceil(D/128),ceil4(T)]."""
 
     def dispatch_wait(
-        self, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec
+        self, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
     ) -> Arrived:
         """Wait for every rank's rows."""
 
@@ -181,28 +193,35 @@ class AllToAll:
 
     def inbox(self, payload: Payload, spec: Spec) -> Inbox:
         parts = [(payload.width, payload.dtype), *payload.routing]
-        if len(payload.routing) == 2:  # of a dispatch: ids of the receiving rank, and the token
-            parts[1:] = [(payload.routing[0][0], torch.int32), payload.routing[1], (1, torch.int32)]
+        if len(payload.routing) == 2:  # of a dispatch
+            parts = _dispatched(payload)
         return (spec.rows, sum(columns * kind.itemsize for columns, kind in parts)), torch.uint8
 
-    def dispatch_start(self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    def dispatch_start(
+        self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
         plan = place_tokens(topk_idx, spec)
         source = sources(plan, spec)
         ids = local_ids(topk_idx, source, spec)
         weight = _with_row(topk_weight, 0.0).index_select(0, source)
         token = torch.where(source < x.shape[0], source, -1).to(torch.int32)
-        rows = _with_row(x, 0.0).index_select(0, source)
-        return plan, _send(_packed([rows, ids, torch.where(ids >= 0, weight, 0.0), token.unsqueeze(1)]), spec)
+        moved = x if scale is None else x.view(torch.uint8)
+        parts = [_with_row(moved, 0).index_select(0, source), ids, torch.where(ids >= 0, weight, 0.0)]
+        if scale is not None:
+            parts.append(_with_row(scale[:, : x.shape[0]].t(), 0.0).index_select(0, source))
+        return plan, _send(_packed([*parts, token.unsqueeze(1)]), spec)
 
     def dispatch_wait(
-        self, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec
+        self, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
     ) -> Arrived:
         _receive(inbox, spec)
-        K = topk_weight.shape[1]
-        beside = [(K, torch.int32), (K, topk_weight.dtype), (1, torch.int32)]
-        rows, ids, weights, token = _unpacked(inbox, [(x.shape[1], x.dtype), *beside])
+        rows, ids, weights, *scales, token = _unpacked(inbox, _dispatched(Payload.of(x, topk_idx, topk_weight)))
         counts = (token.view(spec.group.size, spec.capacity) >= 0).sum(1, dtype=torch.int32)
-        return Arrived(rows, ids, weights, torch.cat((token.flatten(), counts)))
+        arrived = torch.cat((token.flatten(), counts))
+        if scale is None:
+            return Arrived(rows, ids, weights, arrived)
+        padding = padded_rows(spec.rows) - spec.rows
+        return Arrived(rows, ids, weights, arrived, F.pad(scales[0], (0, 0, 0, padding)).t().contiguous())
 
     def redispatch_start(self, x: Tensor, plan: Tensor, spec: Spec) -> Tensor:
         return _send(_packed([_with_row(x, 0.0).index_select(0, sources(plan, spec))]), spec)
@@ -223,6 +242,13 @@ class AllToAll:
         sent = [rows] if row_weights is None else [rows, row_weights]
         sums = [_summed(part, plan, spec) for part in _unpacked(inbox, [(s.shape[1], s.dtype) for s in sent])]
         return sums[0], sums[1] if row_weights is not None else None
+
+
+def _dispatched(payload: Payload) -> list[tuple[int, torch.dtype]]:
+    """(columns, dtype) of the parts of a row: itself, the receiver's ids, weights, scales if it is FP8, the token."""
+    (K, _), weights = payload.routing
+    scales = [(payload.scales, torch.float32)] if payload.scales else []
+    return [(payload.width, payload.dtype), (K, torch.int32), weights, *scales, (1, torch.int32)]
 
 
 def _packed(parts: list[Tensor]) -> Tensor:

@@ -1,10 +1,10 @@
 """The exchange over memory that ranks of one host share: the kernels of `kernels/cuda/exchange.cu` behind operators.
 
-Takes 16-bit rows between Hopper cards of one host (`supports` says why not, in words for a report; every rank comes to
-the same answer, since what is particular to a rank is compared first). Memory is made at the first exchange of its
-sizes and kept with the group: one arena for (experts, capacity, width, dtype, choices) and each slot, so exchanges that
-are open at once, which the graph gives different slots, never meet. What arrives is copied out of the arena, which is
-free again behind `wait`.
+Takes 16-bit rows, and FP8 rows with their scales, between Hopper cards of one host (`supports` says why not, in words
+for a report; every rank comes to the same answer, since what is particular to a rank is compared first). Memory is made
+at the first exchange of its sizes and kept with the group: one arena for (experts, capacity, width, dtype, choices) and
+each slot, so exchanges that are open at once, which the graph gives different slots, never meet. An arena that sends
+rows in FP8 takes bfloat16 results back. What arrives is copied out of the arena, which is free again behind `wait`.
 
 A `start` forks to the communication stream and a `wait` joins it; between them, the compute stream does what the graph
 has there. Nothing is read on the host and flags count on the device, so both halves may be captured in a CUDA graph,
@@ -29,6 +29,7 @@ from dscompile.kernels import exchange as sizes
 from dscompile.kernels import nvrtc
 from dscompile.kernels.launch import capability
 from dscompile.lowering import exchange as lowering
+from dscompile.lowering.block_scales import FP8, padded_rows
 from dscompile.lowering.exchange import ExchangeError, Inbox, Payload, Spec
 from dscompile.lowering.select import YES, Decision, no, size
 from dscompile.runtime import exchange as runtime
@@ -44,8 +45,8 @@ _INBOX: Inbox = ((1,), torch.int32)
 
 def supports(spec: Spec, payload: Payload) -> Decision:
     """Whether these ranks can exchange this over shared memory."""
-    if payload.dtype not in _NAMES:
-        return no(f"its kernels move bfloat16 and float16, rows are {payload.dtype}")
+    if payload.dtype not in _NAMES and payload.dtype is not FP8:
+        return no(f"its kernels move bfloat16, float16 and float8_e4m3fn, rows are {payload.dtype}")
     found = _routing_refused(payload) or sizes.refusal(_sizes(spec, payload))
     if found:
         return no(found)
@@ -91,7 +92,9 @@ def _spec(world: int, experts: int, capacity: int, payload: Payload) -> sizes.Sp
         width=payload.width,
         top_k=payload.routing[-1][0] if payload.routing else 1,
         experts=experts,
-        dtype=_NAMES[payload.dtype],
+        dtype=_NAMES.get(payload.dtype, "bfloat16"),
+        quantized=payload.dtype is FP8,
+        prequantized=payload.dtype is FP8,
         index=_INDEX[payload.routing[0][1]] if len(payload.routing) == 2 else "int64",
     )
 
@@ -99,7 +102,7 @@ def _spec(world: int, experts: int, capacity: int, payload: Payload) -> sizes.Sp
 def _sizes(spec: Spec, payload: Payload) -> sizes.Spec:
     """What the kernels must be built for. Rows alone name no K: any will do."""
     routing = tuple((size(columns), dtype) for columns, dtype in payload.routing)
-    payload = payload._replace(width=size(payload.width), routing=routing)
+    payload = payload._replace(width=size(payload.width), routing=routing, back=False)
     return _spec(spec.group.size, spec.experts, spec.capacity, payload)
 
 
@@ -170,7 +173,8 @@ def held(spec: Spec, payload: Payload) -> Held:
 
 
 def _serves(made: sizes.Spec, wanted: sizes.Spec, payload: Payload) -> bool:
-    """Rows alone may use what has any K, weights what has theirs, and ids what has their dtype too."""
+    """Rows alone may use what has any K, weights what has theirs, and ids what has their dtype too; what goes back is
+    in 16 bits in any case."""
     same = (made.experts, made.capacity, made.width, made.dtype) == (
         wanted.experts,
         wanted.capacity,
@@ -179,6 +183,7 @@ def _serves(made: sizes.Spec, wanted: sizes.Spec, payload: Payload) -> bool:
     )
     return (
         same
+        and (payload.back or made.prequantized == wanted.prequantized)
         and (not payload.routing or made.top_k == wanted.top_k)
         and (len(payload.routing) < 2 or made.index == wanted.index)
     )
@@ -197,7 +202,7 @@ def make_arena(spec: Spec, wanted: sizes.Spec, device: torch.device) -> Arena:
 
 def _movable(rows: Tensor) -> Tensor:
     """Rows whose columns lie together, at multiples of 16 bytes: as given, or a copy."""
-    fine = rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+    fine = rows.stride(1) == 1 and rows.stride(0) * rows.itemsize % 16 == 0 and rows.data_ptr() % 16 == 0
     return rows if fine or not rows.numel() else rows.clone(memory_format=torch.contiguous_format)
 
 
@@ -215,24 +220,28 @@ class Symmetric:
     def inbox(self, payload: Payload, spec: Spec) -> Inbox:
         return _INBOX
 
-    def dispatch_start(self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    def dispatch_start(
+        self, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
         slot = held(spec, Payload.of(x, topk_idx, topk_weight))
         sent = _movable(x), topk_idx.contiguous(), topk_weight.contiguous()
+        scale = None if scale is None else scale.contiguous()
         plan = x.new_empty(x.shape[0] + 1, spec.group.size, dtype=torch.int32)
-        with slot.begin("dispatch", x.device, *sent, plan):
-            slot.exchange.send(*sent, runtime.plan_of(plan), finished=False)
+        with slot.begin("dispatch", x.device, *sent, scale, plan):
+            slot.exchange.send(*sent, runtime.plan_of(plan), finished=False, scale=scale)
         return plan, _inbox(x)
 
     def dispatch_wait(
-        self, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec
+        self, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec
     ) -> lowering.Arrived:
         slot, M, K = held(spec, Payload.of(x, topk_idx, topk_weight)), spec.rows, topk_idx.shape[1]
         rows, ids = x.new_empty(M, x.shape[1]), x.new_empty(M, K, dtype=torch.int32)
         weights, arrived = topk_weight.new_empty(M, K), x.new_empty(M + spec.group.size, dtype=torch.int32)
-        into = runtime.Arrived(rows, None, ids, weights, *_arrived(arrived, spec))
+        scales = None if scale is None else scale.new_empty(scale.shape[0], padded_rows(M))
+        into = runtime.Arrived(rows, scales, ids, weights, *_arrived(arrived, spec))
         with slot.finish("dispatch", x.device):
             slot.exchange.receive(into, x.shape[0], copies=True, unpacks=True, overlapped=False)
-        return lowering.Arrived(rows, ids, weights, arrived)
+        return lowering.Arrived(rows, ids, weights, arrived, scales)
 
     def redispatch_start(self, x: Tensor, plan: Tensor, spec: Spec) -> Tensor:
         slot, sent, plan = held(spec, Payload.of(x)), _movable(x), plan.contiguous()
@@ -253,7 +262,7 @@ class Symmetric:
     def combine_start(
         self, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
     ) -> Tensor:
-        slot = held(spec, Payload.of(rows, row_weights))
+        slot = held(spec, Payload.of(rows, row_weights, back=True))
         sent, extra = _movable(rows), None if row_weights is None else row_weights.contiguous()
         tokens, came = plan.shape[0] - 1, arrived.contiguous()
         with slot.begin("combine", rows.device, sent, extra, came):
@@ -263,7 +272,7 @@ class Symmetric:
     def combine_wait(
         self, inbox: Tensor, rows: Tensor, row_weights: Tensor | None, plan: Tensor, arrived: Tensor, spec: Spec
     ) -> tuple[Tensor, Tensor | None]:
-        slot, made, T = held(spec, Payload.of(rows, row_weights)), plan.contiguous(), plan.shape[0] - 1
+        slot, made, T = held(spec, Payload.of(rows, row_weights, back=True)), plan.contiguous(), plan.shape[0] - 1
         y = rows.new_empty(T, rows.shape[1])
         weights = None if row_weights is None else row_weights.new_empty(T, row_weights.shape[1])
         with slot.finish("combine", rows.device):

@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dscompile.lowering.activations import gated
-from dscompile.lowering.block_scales import FP8
+from dscompile.lowering.block_scales import FP8, padded_rows
 from dscompile.lowering.grouped import metadata, on_cuda, remembered, supports_gemm
 from dscompile.lowering.rows import first_refusal, supports_combine, supports_quantize, supports_rows
 from dscompile.lowering.select import Decision, no, size, table
@@ -166,6 +167,8 @@ def _supports_fp8_fused(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Decision:
     if activation != "silu":
         return no("only silu(gate) * up is fused into a quantisation")
@@ -173,13 +176,14 @@ def _supports_fp8_fused(
     if not present:
         return present
     E, M, D, F = size(w_down.shape[0]), size(topk_idx.shape[0]) * size(topk_idx.shape[1]), *map(size, w_down.shape[1:])
-    if x.dtype == torch.float32:
+    y = out_dtype or x.dtype
+    if y == torch.float32:
         return no("rows are float32, and what lies between the GEMMs is kept in 16 bits")
     return first_refusal(
-        supports_quantize(x),
-        supports_combine(x, topk_idx, topk_weight, topk_idx, E, x.dtype),
-        supports_gemm(_rows_like(x, FP8, M, D), w_gate_up, out_dtype=x.dtype),
-        supports_gemm(_rows_like(x, FP8, M, F), w_down, out_dtype=x.dtype),
+        supports_quantize(_rows_like(x, y, size(x.shape[0]), D)),
+        supports_combine(_rows_like(x, y, M, D), topk_idx, topk_weight, topk_idx, E, y),
+        supports_gemm(_rows_like(x, FP8, M, D), w_gate_up, out_dtype=y),
+        supports_gemm(_rows_like(x, FP8, M, F), w_down, out_dtype=y),
     )
 
 
@@ -192,15 +196,23 @@ def _fp8_fused(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     from dscompile.kernels import gemm, moe, quantize
 
-    E = w_down.shape[0]
-    q, scale, _, position, ends = moe.plan_and_gather_quantize(x, topk_idx, E)
+    E, y = w_down.shape[0], out_dtype or x.dtype
+    if x_scale is None:
+        q, scale, _, position, ends = moe.plan_and_gather_quantize(x, topk_idx, E)
+    else:
+        pairs, order, position, ends = moe.plan_and_gather(
+            x.contiguous().view(torch.float16), topk_idx, E
+        )  # two values each
+        q, scale = pairs.view(FP8), _gather_scale(x_scale, order, position)
     s_gate_up, s_down = s_gate_up.contiguous(), s_down.contiguous()
-    gate_up = gemm.grouped(q, w_gate_up, ends, x_scale=scale, w_scale=s_gate_up, out_dtype=x.dtype)
+    gate_up = gemm.grouped(q, w_gate_up, ends, x_scale=scale, w_scale=s_gate_up, out_dtype=y)
     q, scale = quantize.silu_mul_quantize_1x128(gate_up, ends)
-    z = gemm.grouped(q, w_down, ends, x_scale=scale, w_scale=s_down, out_dtype=x.dtype)
+    z = gemm.grouped(q, w_down, ends, x_scale=scale, w_scale=s_down, out_dtype=y)
     return moe.combine(z, position, topk_weight, topk_idx, E)
 
 
@@ -213,17 +225,29 @@ def _fp8_pieces(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    E = w_down.shape[0]
+    E, y = w_down.shape[0], out_dtype or x.dtype
     order, position, ends = table("moe_plan").run(topk_idx, E)
-    q, scale = table("quantize_1x128").run(table("moe_gather").run(x, order, position))
-    gate_up = table("fp8_grouped_linear").run(q, scale, w_gate_up, s_gate_up, ends, x.dtype)
+    if x_scale is None:
+        q, scale = table("quantize_1x128").run(table("moe_gather").run(x, order, position))
+    else:
+        q = table("moe_gather").run(x.view(torch.uint8), order, position).view(FP8)
+        scale = _gather_scale(x_scale, order, position)
+    gate_up = table("fp8_grouped_linear").run(q, scale, w_gate_up, s_gate_up, ends, y)
     if activation == "silu":
         q, scale = table("silu_mul_quantize_1x128").run(gate_up, ends)
     else:
         q, scale = table("quantize_1x128").run(gated(gate_up.float(), activation, False, 1.0, 0.0))
-    z = table("fp8_grouped_linear").run(q, scale, w_down, s_down, ends, x.dtype)
-    return table("moe_combine").run(z, position, topk_weight, topk_idx, E, x.dtype)
+    z = table("fp8_grouped_linear").run(q, scale, w_down, s_down, ends, y)
+    return table("moe_combine").run(z, position, topk_weight, topk_idx, E, y)
+
+
+def _gather_scale(scale: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """Scales [B,ceil4(T)] of tokens -> [B,ceil4(T*K)] of their sorted rows."""
+    rows = order.shape[0]
+    return F.pad(scale.index_select(1, order // max(position.shape[1], 1)), (0, padded_rows(rows) - rows))
 
 
 # ------------------------------------------------------------------ tables

@@ -27,7 +27,7 @@ def sink(made: list[fx.Node], y: fx.Node) -> int:
     node = y.next
     while node is not target and node.op != "output":
         if node not in moved:
-            if _is_fence(node):
+            if is_fence(node):
                 target, chain = node, [n for n in chain if n < node]
                 break
             skipped += node.op in ("call_function", "call_method") and bool(node.users)
@@ -52,7 +52,7 @@ def _first_reader(y: fx.Node) -> tuple[list[fx.Node], fx.Node]:
             return chain[:-1], first
 
 
-def _is_fence(node: fx.Node) -> bool:
+def is_fence(node: fx.Node) -> bool:
     """True for what may write memory, or changes what operators behind it do."""
     name, schema = called(node), getattr(node.target, "_schema", None)
     return (

@@ -7,8 +7,9 @@ After:   plan, inbox = dispatch_start(x, ids, weights)
          z = experts(rows, ids', weights', W1 [L,..], W2 [L,..])        of this rank alone: L = E / W
          y = combine_wait(combine_start(z, plan))
 
-because the sum over a token's choices may be taken rank by rank. *Changes rounding*: each rank's part is rounded to the
-dtype of x before the sum over ranks, which is in float32 and in the order of ranks; so it runs only when asked for.
+and so `fp8_experts`, weights and scales (whose rows `fp8_dispatch` then sends in FP8), because the sum over a token's
+choices may be taken rank by rank. *Changes rounding*: each rank's part is rounded to the dtype of x before the sum over
+ranks, which is in float32 and in the order of ranks; so it runs only when asked for.
 
 Each rank keeps its own tokens (data parallelism), any number up to the capacity, and computes with experts rank*L to
 (rank+1)*L. Weights are read in the form that the model has them in: ``gather_experts`` of a rank's own (a model in an
@@ -22,7 +23,7 @@ unknown number of them): a rank that left its layer whole would be waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,21 +37,23 @@ from dscompile.passes.ep_refusals import SpreadAlready, UnevenExperts, Unordered
 from dscompile.passes.ep_slots import Exchange, assign
 from dscompile.passes.experts_bind import Written
 from dscompile.passes.graph import called, module_path, settle, source_line
-from dscompile.passes.recognize_comm import own_exchange
+from dscompile.passes.recognize_comm import exchanged_products, own_exchange
 from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord, Site
 from dscompile.passes.refusals import Refusal, Unsupported
 
 aten = torch.ops.aten
 NAME, KIND = "expert_parallel", "expert_parallel"
+LAYERS = ("experts", "fp8_experts")
 _WEIGHT_DTYPES = (torch.float32, torch.float64)
 
 
-def run(layers: Sequence[Written], group: str, capacity: int | None) -> PassRecord:
+def run(layers: Sequence[Written], module: fx.GraphModule, group: str, capacity: int | None) -> PassRecord:
     """Spreads every expert layer that was recognised; ``Written.node`` is the local layer then.
 
     Args:
         layers: what was written by the passes before; others than expert layers are left alone.
+        module: Dynamo's graph, whose own exchanges are reported.
         group: name of a joined group.
         capacity: the most tokens of a rank in one call; None: the number that this graph has.
 
@@ -59,7 +62,7 @@ def run(layers: Sequence[Written], group: str, capacity: int | None) -> PassReco
     """
     record = PassRecord(NAME)
     spread = Spread(group_named(group), capacity)
-    found = [layer for layer in layers if operator_name(layer.node) == "experts"]
+    found = _in_order([layer for layer in layers if operator_name(layer.node) in LAYERS])
     for layer in found:
         site = Site(KIND, module_path(layer.node), source_line(layer.node), True, node=layer.node.name)
         site.form = layer.site.form
@@ -72,11 +75,34 @@ def run(layers: Sequence[Written], group: str, capacity: int | None) -> PassReco
         except Exception as error:  # a fault of ours costs this site, not the others; on every rank alike
             _keep(site, Unsupported(f"the analysis raised {type(error).__name__}: {error}", layer.node))
         record.sites.append(site)
+    if not found:
+        record.sites += [site for m in module.modules() if isinstance(m, fx.GraphModule) for site in _exchanged(m)]
     slots = max([assign(exchanges) for exchanges in spread.exchanges.values()], default=0)
     settle(layer.module for layer in found)
     if spread.exchanges:
         record.note = f"rank {spread.group.rank} of {spread.group.size}, {slots} slot" + "s" * (slots != 1)
     return record
+
+
+def _exchanged(module: fx.GraphModule) -> Iterator[Site]:
+    """Grouped products of a graph without a recognised layer, whose rows the model exchanges itself."""
+    for collective, product in exchanged_products(module.graph).items():
+        site = Site(KIND, module_path(product), source_line(product), False, node=product.name)
+        _keep(
+            site,
+            SpreadAlready(
+                f"the model sends the rows of `{product.name}` by `{called(collective)}`: its experts are one rank's",
+                product,
+            ),
+        )
+        site.decision = "left to the model, which exchanges the rows itself"
+        yield site
+
+
+def _in_order(layers: list[Written]) -> list[Written]:
+    """Those of one graph in the order of that graph."""
+    graphs = {layer.node.graph: i for i, layer in reversed(list(enumerate(layers)))}
+    return sorted(layers, key=lambda layer: (graphs[layer.node.graph], layer.node))
 
 
 def _keep(site: Site, refusal: Refusal) -> None:
@@ -96,7 +122,7 @@ class Spread:
         """Writes one layer; raises a Refusal, and then the graph is as it was."""
         node = layer.node
         x, ids, weight, *_ = node.args
-        experts, tokens = node.args[4].meta["example_value"].shape[0], x.meta["example_value"].shape[0]
+        experts, tokens = node.args[3].meta["example_value"].shape[0], x.meta["example_value"].shape[0]
         capacity = self._capacity(tokens, site)
         W = self.group.size
         if experts % W:
@@ -113,13 +139,13 @@ class Spread:
             local, ways = self._local_arguments(e, node)
             where = (self.group.name, experts, capacity, 0)
             dtype = weight.meta["example_value"].dtype
-            routed = x, ids, weight if dtype in _WEIGHT_DTYPES else e.cast(weight, torch.float32)
+            routed = x, ids, weight if dtype in _WEIGHT_DTYPES else e.cast(weight, torch.float32), None
             begun = e.call(torch.ops.dsinfra.dispatch_start.default, *routed, *where)
             plan, inbox = e.item(begun, 0), e.item(begun, 1)
             first = len(e.made)
             wait = e.call(torch.ops.dsinfra.dispatch_wait.default, plan, inbox, *routed, *where)
-            *rows, arrived = (e.item(wait, i) for i in range(4))
-            own = e.call(torch.ops.dsinfra.experts.default, *rows, *local)
+            *rows, arrived = (e.item(wait, i) for i in range(4))  # no scales: rows are in 16 bits
+            own = e.call(getattr(torch.ops.dsinfra, operator_name(node)).default, *rows, *local)
             back = e.call(torch.ops.dsinfra.combine_start.default, own, None, plan, arrived, *where)
             sums = e.call(torch.ops.dsinfra.combine_wait.default, back, own, None, plan, arrived, *where)
             y = e.item(sums, 0)
@@ -178,11 +204,10 @@ class Spread:
     # -------------------------------------------------------------- weights
 
     def _local_arguments(self, e: Emitter, node: fx.Node) -> tuple[list[object], str]:
-        """(the arguments of `experts` from the first weight on, with this rank's weights; how they are read)."""
-        *weights, activation, interleaved, alpha, limit = node.args[3:]
+        """(the layer's arguments from the first weight on, with this rank's weights; how they are read)."""
         ways: set[str] = set()
-        local = [None if w is None else self._local(e, w, ways) for w in weights]
-        return [*local, activation, interleaved, alpha, limit], " and ".join(sorted(ways))
+        local = [self._local(e, arg, ways) if isinstance(arg, fx.Node) else arg for arg in node.args[3:]]
+        return local, " and ".join(sorted(ways))
 
     def _local(self, e: Emitter, weight: fx.Node, ways: set[str]) -> fx.Node:
         """The rows rank*L to (rank+1)*L of a weight's first dimension."""

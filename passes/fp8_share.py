@@ -30,7 +30,7 @@ def run(module: fx.GraphModule, shadow: Shadow) -> PassRecord:
     nodes = [n for n in module.graph.nodes if operator_name(n) == "quantize_1x128"]
     shared = 0
     for node in nodes:
-        source = _rows(node.args[0])
+        source = rows_of(node.args[0])
         earlier = next((k for k in known.get(source, ()) if _same(memory, twin, source, k, node)), None)
         if earlier is None or not commits.current().permitted():
             known.setdefault(source, []).append(node)
@@ -43,7 +43,7 @@ def run(module: fx.GraphModule, shadow: Shadow) -> PassRecord:
     return PassRecord(NAME, note=f"{shared} of {len(nodes)} quantisations of rows shared")
 
 
-def _rows(node: fx.Node) -> fx.Node:
+def rows_of(node: fx.Node) -> fx.Node:
     """What a chain of views with the same last dimension begins with."""
     while called(node) in _FLATTENS:
         before = node.args[0]

@@ -2,7 +2,8 @@
 
     recognize_fp8  ->  shadow  ->  recognize_mla  ->  absorb  ->  recognize_experts  ->  recognize_router  ->
     placement and expert_parallel where they are asked for  ->  lower
-    (->  fp8_share, quantize_weights where FP8 is read or asked for)  ->  real_rotation  ->  mixed_product
+    (->  fp8_share, quantize_weights where FP8 is read or asked for, fp8_dispatch where expert_parallel ran, too)  ->
+    real_rotation  ->  mixed_product
     (->  microbatch, which is asked for, on the graph that all of them made)
 
 A graph without a softmax, an attention or a product by expert is not traced at all. Nothing here may break a
@@ -25,6 +26,7 @@ from dscompile.passes import (
     absorb,
     commits,
     expert_parallel,
+    fp8_dispatch,
     fp8_share,
     lower,
     microbatch,
@@ -58,7 +60,14 @@ PASSES = (
     recognize_router.NAME,
     lower.NAME,
 )
-LAST = (fp8_share.NAME, quantize_weights.NAME, real_rotation.NAME, mixed_product.NAME, microbatch.NAME)
+LAST = (
+    fp8_share.NAME,
+    quantize_weights.NAME,
+    fp8_dispatch.NAME,
+    real_rotation.NAME,
+    mixed_product.NAME,
+    microbatch.NAME,
+)
 # For the names of files: also of the passes that run only where FP8 is read or asked for.
 NUMBERS = {name: i for i, name in enumerate(PASSES)} | {recognize_fp8.NAME: 0}
 NUMBERS |= {name: len(PASSES) + i for i, name in enumerate(LAST)}
@@ -93,6 +102,7 @@ class Outcome:
             expert_parallel.NAME,
             recognize_fp8.NAME,
             quantize_weights.NAME,
+            fp8_dispatch.NAME,
             real_rotation.NAME,
             mixed_product.NAME,
             microbatch.NAME,
@@ -133,7 +143,7 @@ def run(
                 return outcome
             if any(recognize_fp8.is_anchor(node) for node in _nodes(module)):
                 found = _fp8(module, outcome, observe)
-            if fp8 or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
+            if fp8 or (ep and found) or any(_is_anchor(node) or _is_product(node) for node in _nodes(module)):
                 _run(module, inputs, outcome, observe, found, fp8, fp8_head, ep, book, batch_invariant)
         provenance.fill(module, outcome.commits)
         if microbatches is not None:
@@ -213,7 +223,7 @@ def _run(
     if book:
         passes[placement.NAME] = lambda: placement.run(layers, book, module, training)
     if ep:
-        passes[expert_parallel.NAME] = lambda: expert_parallel.run(layers, *ep)
+        passes[expert_parallel.NAME] = lambda: expert_parallel.run([*layers, *in_place(found)], module, *ep)
     passes[lower.NAME] = lambda: lower.run([*bound, *layers])
     if found:
         passes[fp8_share.NAME] = lambda: fp8_share.run(module, shadow)
@@ -221,6 +231,8 @@ def _run(
         passes[quantize_weights.NAME] = lambda: quantize_weights.run(
             module, shadow, prepared, bound, training=training, head=fp8_head
         )
+    if ep and (fp8 or found):
+        passes[fp8_dispatch.NAME] = lambda: fp8_dispatch.run(module, training)
     passes[real_rotation.NAME] = lambda: real_rotation.run(module)
     passes[mixed_product.NAME] = lambda: mixed_product.run(module)
     for name, step in passes.items():
@@ -284,6 +296,11 @@ def _is_product(node: fx.Node) -> bool:
     by_row = called(node) in ("getitem", "index_select") and any(isinstance(a, fx.Node) for a in node.args[1:])
     chosen = by_row and getattr(node.meta.get("example_value"), "ndim", 0) == 3
     return called(node) in names or compared or chosen
+
+
+def in_place(found: recognize_fp8.Found) -> list[Written]:
+    """Operators that an adapter brought into the graph, as if a pass had written them."""
+    return [Written(site, node.graph.owning_module, node) for site, node in found if site.matched]
 
 
 def op_counts(module: fx.GraphModule) -> dict[str, int]:

@@ -10,13 +10,15 @@ of the layer's output on random rows. The copies are made once (``fp8_prepared.p
 
 Kept as they are, with the reason in the report: weights of under 128 rows or columns or not a multiple of 16, routers
 (their top-k is a hard decision), the head (unless ``fp8_head``), MLA's up-projection (absorbing needs its values), and
-all weights of a graph that is differentiated. Rows that several layers read are quantised once.
+all weights of a graph that is differentiated. Rows that several layers read are quantised once. Of experts that are
+spread over a group, each rank quantises its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -71,6 +73,11 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.to(FP8).contiguous(), scale
 
 
+def quantize_experts(first: int, last: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a weight [E, N, K], the experts first to last - 1, quantised."""
+    return quantize_weight(weight[first:last])
+
+
 def quantize_pair(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two weights [F, K], F a multiple of 128, as one of [2F, K], quantised."""
     (values, scales) = zip(quantize_weight(gate), quantize_weight(up), strict=True)
@@ -92,6 +99,13 @@ def errors(weight: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> t
 
 
 # ------------------------------------------------------------------ the pass
+
+
+def _own(weight: fx.Node) -> tuple[fx.Node, int, int]:
+    """(weight of all experts, first, last) of a slice that `expert_parallel` wrote; (itself, 0, 0) of another."""
+    if weight.target is aten.slice.Tensor and weight.args[1] == 0 and weight.args[0].op == "placeholder":
+        return weight.args[0], *weight.args[2:4]
+    return weight, 0, 0
 
 
 @dataclass
@@ -254,12 +268,20 @@ class Quantizer:
             raise KeptPrecise(found, node)
         if rows.dim() < 2:
             raise Unsupported("a single row", node)
-        reason = self.prepared.refusal([weight])
+        reason = self.prepared.refusal([_own(weight)[0]])
         if reason:
             raise Unsupported(reason, node)
 
     def _quantised(self, weight: fx.Node) -> tuple[fx.Node, ...]:
-        return self.prepared.add(NAME, quantize_weight, [weight])
+        name, make, source = self._recipe(weight)
+        return self.prepared.add(name, make, [source])
+
+    def _recipe(self, weight: fx.Node) -> tuple[str, Callable[..., tuple[torch.Tensor, torch.Tensor]], fx.Node]:
+        """(name, function, input of the graph) of the quantised copy of a weight, or of this rank's experts in one."""
+        source, first, last = _own(weight)
+        if source is weight:
+            return NAME, quantize_weight, weight
+        return f"{NAME}_{first}_{last}", partial(quantize_experts, first, last), source
 
     def _quantised_rows(self, e: Emitter, node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
         """``quantize_1x128`` of x [..., K], or that of an earlier layer that read the same values."""
@@ -283,10 +305,13 @@ class Quantizer:
 
     def _errors(self, weight: fx.Node) -> tuple[float, float]:
         """What the quantisation of a weight costs, measured when its copy was made."""
-        copy = self.prepared.copy(NAME, quantize_weight, [weight])
+        name, make, source = self._recipe(weight)
+        copy = self.prepared.copy(name, make, [source])
         if "errors" not in copy.notes:
+            _, first, last = _own(weight)
+            whole = self.prepared.tensor(source)
             with torch.no_grad():
-                copy.notes["errors"] = errors(self.prepared.tensor(weight), *copy.values)
+                copy.notes["errors"] = errors(whole if source is weight else whole[first:last], *copy.values)
         return copy.notes["errors"]
 
 

@@ -6,6 +6,9 @@ come from an `all_to_all_single` (each rank's go to the ranks of their experts),
 of "all" of them would give wrong numbers without an error, so `expert_parallel` refuses the layer. *Exact*: nothing is
 rewritten; the layer is computed as the model says, its own exchange stays as it is.
 
+Where the exchange also says which expert a row is for (each rank sends its counts along), no ids are left in the graph
+and no layer is recognised: the products themselves are reported then.
+
 Looked at is what lies between the layer and the next product or attention in either direction, in the same graph:
 element-wise operators, views, sorts and gathers of rows, and what is added to the result.
 """
@@ -21,6 +24,7 @@ from dscompile.passes.recognize_fp8 import operator_name
 
 _BEFORE = ("all_to_all_single", "all_to_all_single_autograd", "all_to_all_vdev", "all_to_all_vdev_2d")
 _BEHIND = ("all_reduce", "all_reduce_", "reduce_scatter_tensor", *_BEFORE)
+_GROUPED = ("grouped_mm", "grouped_mm_fallback")
 _STOPS = ("linear", "matmul", "mm", "addmm", "bmm", "einsum", "scaled_dot_product_attention", "layer_norm", "rms_norm")
 
 
@@ -33,6 +37,17 @@ def own_exchange(layer: fx.Node) -> fx.Node | None:
     return _reached(layer.args[0], lambda node: node.all_input_nodes, _BEFORE) or _reached(
         layer, lambda node: node.users, _BEHIND
     )
+
+
+def exchanged_products(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Collectives that bring rows to grouped products -> the first of these products."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if called(node).strip("_") in _GROUPED:
+            collective = _reached(node.args[0], lambda n: n.all_input_nodes, _BEFORE)
+            if collective is not None:
+                found.setdefault(collective, node)
+    return found
 
 
 def _reached(start: object, ways: Callable[[fx.Node], Iterable[fx.Node]], wanted: tuple[str, ...]) -> fx.Node | None:

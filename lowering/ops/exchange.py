@@ -17,7 +17,10 @@ freed or overwritten between the two, and is what has the gradient: that of disp
 weights, that of combine a redispatch. Shapes depend on T, K and the capacity alone, ranks may have any T up to the
 capacity, and nothing is read on the host.
 
-Refused: gradients of the gradient of routing weights; routing weights in 16 bits.
+A dispatch also takes what `quantize_1x128` returns, x in e4m3 and `scale`: both travel as they are, in half the bytes,
+and the scales of the rows arrive as `row_scale`, float32 [ceil(D/128),ceil4(M)]. It is [0,0] for other rows.
+
+Refused: gradients of the gradient of routing weights; routing weights in 16 bits; gradients of a dispatch in FP8.
 """
 
 from __future__ import annotations
@@ -29,30 +32,41 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dscompile.lowering.block_scales import FP8, padded_rows
 from dscompile.lowering.errors import NotDifferentiable
 from dscompile.lowering.exchange import Exchange, ExchangeError, Payload, Spec, choose, spec_of
 from dscompile.lowering.ops.library import define, define_autograd
-from dscompile.lowering.ops.row_checks import FLOATS, check_devices, check_dtype, check_ids, check_rank, check_shape
+from dscompile.lowering.ops.row_checks import (
+    FLOATS,
+    check_devices,
+    check_dtype,
+    check_ids,
+    check_rank,
+    check_row_scale,
+    check_shape,
+)
 
 WEIGHTS = (torch.float32, torch.float64)
 
 # ------------------------------------------------------------------ checks
 
 
-def check_dispatch(op: str, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, spec: Spec) -> None:
+def check_dispatch(op: str, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, spec: Spec) -> None:
     """Raise what is wrong with tokens that are to be sent to their experts, if anything is."""
-    check_tokens(op, x, spec)
+    check_tokens(op, x, spec, FLOATS if scale is None else (FP8,))
+    if scale is not None:
+        check_row_scale(op, x, scale)
     check_rank(op, "topk_idx", topk_idx, "TK")
     check_ids(op, topk_idx, x.shape[0])
     check_shape(op, "topk_weight", topk_weight, tuple(topk_idx.shape), "It weighs each id", topk_idx=topk_idx)
     check_dtype(op, "topk_weight", topk_weight, WEIGHTS)
-    check_devices(op, x, topk_idx=topk_idx, topk_weight=topk_weight)
+    check_devices(op, x, topk_idx=topk_idx, topk_weight=topk_weight, scale=scale)
 
 
-def check_tokens(op: str, x: Tensor, spec: Spec) -> None:
+def check_tokens(op: str, x: Tensor, spec: Spec, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Raise if x is no [T,D], or T is more than the capacity; a symbolic T is looked at when it has a value."""
     check_rank(op, "x", x, "TD")
-    check_dtype(op, "x", x, FLOATS)
+    check_dtype(op, "x", x, dtypes)
     T = x.shape[0]
     if isinstance(T, int) and T > spec.capacity:
         raise ExchangeError(
@@ -107,45 +121,66 @@ def _enter(op: str, x: Tensor, spec: Spec, top_k: int | None = None) -> None:
 # group's name, the number of experts, the capacity and the slot.
 
 
-def _dispatch_start(real: bool, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+def _dispatch_start(
+    real: bool, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, scale: Tensor | None, *where: Any
+) -> tuple[Tensor, Tensor]:
     spec = spec_of(*where)
-    check_dispatch("dispatch_start", x, topk_idx, topk_weight, spec)
+    check_dispatch("dispatch_start", x, topk_idx, topk_weight, scale, spec)
     payload = Payload.of(x, topk_idx, topk_weight)
     if real:
         _enter("dispatch_start", x, spec, topk_idx.shape[1])
-        return choose(spec, payload).dispatch_start(x, topk_idx, topk_weight, spec)
+        return choose(spec, payload).dispatch_start(x, topk_idx, topk_weight, scale, spec)
     plan = x.new_empty(x.shape[0] + 1, spec.group.size, dtype=torch.int32)
     return plan, _empty_inbox(choose(spec, payload), x, payload, spec)
 
 
 def _dispatch_wait(
-    real: bool, plan: Tensor, inbox: Tensor, x: Tensor, topk_idx: Tensor, topk_weight: Tensor, *where: Any
+    real: bool,
+    plan: Tensor,
+    inbox: Tensor,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weight: Tensor,
+    scale: Tensor | None,
+    *where: Any,
 ) -> tuple[Tensor, ...]:
     spec = spec_of(*where)
     if real:
         way = choose(spec, Payload.of(x, topk_idx, topk_weight))
-        return tuple(way.dispatch_wait(plan, inbox, x, topk_idx, topk_weight, spec))
-    check_dispatch("dispatch_wait", x, topk_idx, topk_weight, spec)
+        *came, scales = way.dispatch_wait(inbox, x, topk_idx, topk_weight, scale, spec)
+        return *came, _no_scale(topk_weight) if scales is None else scales
+    check_dispatch("dispatch_wait", x, topk_idx, topk_weight, scale, spec)
     M, K = spec.rows, topk_idx.shape[1]
     ids = topk_idx.new_empty(M, K, dtype=torch.int32)
-    return x.new_empty(M, x.shape[1]), ids, topk_weight.new_empty(M, K), ids.new_empty(M + spec.group.size)
+    scales = _no_scale(topk_weight) if scale is None else scale.new_empty(scale.shape[0], padded_rows(M))
+    return x.new_empty(M, x.shape[1]), ids, topk_weight.new_empty(M, K), ids.new_empty(M + spec.group.size), scales
+
+
+def _no_scale(like: Tensor) -> Tensor:
+    return like.new_empty(0, 0, dtype=torch.float32)
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    plan, _, _, _, _, *ctx.settings = inputs
-    _, ids, _, arrived = output
-    ctx.mark_non_differentiable(ids, arrived)
+    plan, _, x, _, _, scale, *ctx.settings = inputs
+    if scale is not None:
+        raise NotDifferentiable(
+            f"dispatch_wait: a gradient through rows {list(x.shape)} in {x.dtype}",
+            "They were rounded to FP8 before they were sent, and rounding has no gradient",
+            "Call it under torch.no_grad(), or dispatch the rows in 16 bits",
+        )
+    _, ids, _, arrived, no_scale = output
+    ctx.mark_non_differentiable(ids, arrived, no_scale)
     ctx.save_for_backward(plan, arrived, ids)
 
 
 def _backward_dispatch(
-    ctx: Any, grad_rows: Tensor, _: None, grad_weights: Tensor, __: None
+    ctx: Any, grad_rows: Tensor, _: None, grad_weights: Tensor, *__: None
 ) -> tuple[Tensor | None, ...]:
     plan, arrived, ids = ctx.saved_tensors
     # What a row has for another rank's choices was never computed.
     grad_weights = torch.where(ids >= 0, grad_weights, 0.0)
     grad_x, grad_weight = combine(grad_rows, grad_weights, plan, arrived, *ctx.settings)
-    return None, None, grad_x, None, grad_weight, None, None, None, None
+    return None, None, grad_x, None, grad_weight, None, None, None, None, None
 
 
 def _redispatch_start(real: bool, x: Tensor, plan: Tensor, *where: Any) -> Tensor:
@@ -190,7 +225,7 @@ def _combine_start(
 ) -> Tensor:
     spec = spec_of(*where)
     check_rows("combine_start", rows, row_weights, plan, arrived, spec)
-    payload = Payload.of(rows, row_weights)
+    payload = Payload.of(rows, row_weights, back=True)
     if real:
         _enter("combine_start", rows, spec)
         return choose(spec, payload).combine_start(rows, row_weights, plan, arrived, spec)
@@ -203,7 +238,7 @@ def _combine_wait(
     T = plan.shape[0] - 1
     if real:
         spec = spec_of(*where)
-        way = choose(spec, Payload.of(rows, row_weights))
+        way = choose(spec, Payload.of(rows, row_weights, back=True))
         y, weights = way.combine_wait(inbox, rows, row_weights, plan, arrived, spec)
         return y, rows.new_empty(T, 0) if weights is None else weights
     weights = rows.new_empty(T, 0) if row_weights is None else row_weights.new_empty(T, row_weights.shape[1])
@@ -235,9 +270,9 @@ def _backward_combine(ctx: Any, grad_y: Tensor, _: None) -> tuple[Tensor | None,
 
 _WHERE = "str group, int num_experts, int capacity, int slot)"
 _TICKET = "Tensor plan, Tensor inbox"
-_ROUTED = "Tensor x, Tensor topk_idx, Tensor topk_weight"
+_ROUTED = "Tensor x, Tensor topk_idx, Tensor topk_weight, Tensor? scale"
 _BACK = "Tensor rows, Tensor? row_weights, Tensor plan, Tensor arrived"
-_ARRIVED = "(Tensor rows, Tensor ids, Tensor weights, Tensor arrived)"
+_ARRIVED = "(Tensor rows, Tensor ids, Tensor weights, Tensor arrived, Tensor row_scale)"
 for _name, _arguments, _results, _operator in (
     ("dispatch_start", _ROUTED, f"({_TICKET})", _dispatch_start),
     ("dispatch_wait", f"{_TICKET}, {_ROUTED}", _ARRIVED, _dispatch_wait),

@@ -6,6 +6,9 @@ As `dsinfra::experts` without biases, gate before up. Q quantises rows to FP8 wi
 (`dsinfra::quantize_1x128`); products are accumulated in float32. Weights are w_gate_up e4m3 [E,2F,D] with s_gate_up
 float32 [E,ceil(2F/128),ceil(D/128)], and w_down [E,D,F] with s_down.
 
+Rows that are quantised already, because they came over a group in FP8, are given as x e4m3 with x_scale float32
+[ceil(D/128),ceil4(T)] and the dtype of y: they are Q(x[t]), and y has the same bits.
+
 Refused: gradients (FP8 weights are frozen), and activations with settings of their own.
 """
 
@@ -28,6 +31,8 @@ from dscompile.lowering.ops.row_checks import (
     check_activation,
     check_devices,
     check_dtype,
+    check_out_dtype,
+    check_row_scale,
     check_weight_scale,
     refuse_gradients,
 )
@@ -45,11 +50,13 @@ def check(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise what is wrong with the arguments of `fp8_experts`, if anything is."""
     if not experts.plainly_right(x, topk_idx, topk_weight, w_gate_up, w_down):
         experts.check_layer(_OP, x, topk_idx, topk_weight, w_gate_up, w_down)
-    check_dtype(_OP, "x", x, UNQUANTIZED)
+    _check_rows(x, x_scale, out_dtype)
     for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         check_dtype(_OP, name, tensor, (FP8,))
     check_weight_scale(_OP, "s_gate_up", w_gate_up, s_gate_up)
@@ -66,6 +73,15 @@ def check(
     refuse_gradients(_OP, way_out, x, topk_weight, w_gate_up, s_gate_up, w_down, s_down)
 
 
+def _check_rows(x: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype | None) -> None:
+    check_dtype(_OP, "x", x, UNQUANTIZED if x_scale is None else (FP8,))
+    if x_scale is not None:
+        check_row_scale(_OP, x, x_scale)
+        check_devices(_OP, x, x_scale=x_scale)
+    if x_scale is not None or out_dtype is not None:
+        check_out_dtype(_OP, out_dtype or x.dtype, UNQUANTIZED if x_scale is not None else (x.dtype,))
+
+
 def _fake(
     x: Tensor,
     topk_idx: Tensor,
@@ -75,9 +91,11 @@ def _fake(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check(x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation)
-    return x.new_empty(x.shape)
+    check(x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation, x_scale, out_dtype)
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
 def reference(
@@ -89,6 +107,8 @@ def reference(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Plain PyTorch on any device: both quantisations as they are defined, everything else in float32."""
 
@@ -97,8 +117,8 @@ def reference(
         h = dequantize_rows(*quantize_rows(gated(gate_up, activation, False, 1.0, 0.0)))
         return h @ dequantize_weight(w_down[e], s_down[e]).t()
 
-    rows = dequantize_rows(*quantize_rows(x.float()))
-    return experts.weighted_sum(expert, w_down.shape[0], rows, topk_idx, topk_weight).to(x.dtype)
+    rows = dequantize_rows(*(quantize_rows(x.float()) if x_scale is None else (x, x_scale)))
+    return experts.weighted_sum(expert, w_down.shape[0], rows, topk_idx, topk_weight).to(out_dtype or x.dtype)
 
 
 def _kernel(
@@ -110,11 +130,14 @@ def _kernel(
     w_down: Tensor,
     s_down: Tensor,
     activation: str,
+    x_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check(x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation)
+    check(x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation, x_scale, out_dtype)
     if experts.debug_checks:
         experts.check_values(_OP, topk_idx, w_down.shape[0])
-    return table(_OP).run(x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation)
+    rows = (x, topk_idx, topk_weight, w_gate_up, s_gate_up, w_down, s_down, activation, x_scale, out_dtype)
+    return table(_OP).run(*rows)
 
 
 def _supports_everything(*_: Any) -> Decision:
@@ -124,7 +147,7 @@ def _supports_everything(*_: Any) -> Decision:
 define(
     _OP,
     "(Tensor x, Tensor topk_idx, Tensor topk_weight, Tensor w_gate_up, Tensor s_gate_up, Tensor w_down,"
-    " Tensor s_down, str activation) -> Tensor",
+    " Tensor s_down, str activation, Tensor? x_scale=None, ScalarType? out_dtype=None) -> Tensor",
     kernel=_kernel,
     fake=_fake,
     autocast=False,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dscompile.lowering.ops  # noqa: F401  (registers the operators)
+from dscompile.lowering.errors import NotDifferentiable
 from dscompile.runtime import groups, whole_weights  # noqa: F401  (registers gather_experts)
 
 OPS = torch.ops.dsinfra
@@ -50,8 +51,8 @@ def spread(group: groups.Group, capacity: int, x: Tensor, idx: Tensor, weight: T
     """The layer over a group: `whole` are the weights of all experts, of which each rank reads its own."""
     where = group.name, E, capacity, 0
     own = slice(group.rank * E // group.size, (group.rank + 1) * E // group.size)
-    plan, inbox = OPS.dispatch_start.default(x, idx, weight, *where)
-    rows, ids, row_weights, arrived = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, *where)
+    plan, inbox = OPS.dispatch_start.default(x, idx, weight, None, *where)
+    rows, ids, row_weights, arrived, _ = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, None, *where)
     # Unused rows may hold anything: nothing that is read may depend on them.
     rows = torch.where((ids >= 0).any(1, keepdim=True), rows, float("nan"))
     y = layer(rows, ids, row_weights, *(w[own] for w in whole))
@@ -107,8 +108,8 @@ def check_rows(rank: int, size: int) -> None:
     x = (rank * 100 + torch.arange(T).float()).unsqueeze(1).repeat(1, D)
     _, idx, weight = tokens(rank, T)
     where = group.name, E, capacity, 0
-    plan, inbox = OPS.dispatch_start.default(x, idx, weight, *where)
-    rows, ids, row_weights, arrived = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, *where)
+    plan, inbox = OPS.dispatch_start.default(x, idx, weight, None, *where)
+    rows, ids, row_weights, arrived, _ = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, None, *where)
     L = E // size
     for source, (block, block_ids, block_weights) in enumerate(
         zip(rows.split(capacity), ids.split(capacity), row_weights.split(capacity))
@@ -126,6 +127,38 @@ def check_rows(rank: int, size: int) -> None:
             assert torch.equal(block_weights[place][kept], sent_weight[t][kept])
 
 
+def check_quantised(rank: int, size: int) -> None:
+    """Rows that were quantised travel bit for bit, scales included, in half the bytes; gradients are refused."""
+    group = group_of(size)
+    if group is None:
+        return
+    width, T, where = 200, (5, 0, 3, 2)[rank], (group.name, E, 7, 0)
+    _, idx, weight = tokens(rank, T)
+    x = torch.randn(T, width, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    q, scale = OPS.quantize_1x128.default(x)
+    found = []
+    for sent, beside in ((x, None), (q, scale)):
+        plan, inbox = OPS.dispatch_start.default(sent, idx, weight, beside, *where)
+        arrived = OPS.dispatch_wait.default(plan, inbox, sent, idx, weight, beside, *where)
+        found.append((plan, *arrived, inbox.shape[1]))
+    (plan, rows, ids, weights, arrived, none, wide), (again, q_rows, *same, row_scale, narrow) = found
+    for one, other in zip((plan, ids, weights, arrived), (again, *same)):
+        assert torch.equal(one, other)
+    here = (ids >= 0).any(1)
+    expected, scales = OPS.quantize_1x128.default(rows)
+    assert torch.equal(q_rows.view(torch.uint8)[here], expected.view(torch.uint8)[here])
+    assert row_scale.shape == scales.shape and none.numel() == 0
+    assert torch.equal(row_scale[:, : len(here)][:, here], scales[:, : len(here)][:, here])
+    assert wide - narrow == 2 * width - (width + 2 * 4)
+    plan, inbox = OPS.dispatch_start.default(q, idx, weight, scale, *where)
+    try:
+        OPS.dispatch_wait.default(plan, inbox, q, idx, weight.requires_grad_(), scale, *where)
+    except NotDifferentiable as error:
+        assert "dispatch_wait: a gradient through rows" in str(error)
+    else:
+        raise AssertionError("a gradient through rows in FP8 was not refused")
+
+
 def check_halves(rank: int, dtype: torch.dtype) -> None:
     """Two exchanges that are begun before either is waited for, in 16 bits; sums are rounded once."""
     group = group_of(2)
@@ -134,10 +167,10 @@ def check_halves(rank: int, dtype: torch.dtype) -> None:
     where = group.name, E, 4
     mine = [tokens(rank + 10 * i, 4) for i in range(2)]
     args = [(x.to(dtype), idx, weight) for x, idx, weight in mine]
-    begun = [OPS.dispatch_start.default(*a, *where, slot) for slot, a in enumerate(args)]
+    begun = [OPS.dispatch_start.default(*a, None, *where, slot) for slot, a in enumerate(args)]
     for slot, a in reversed(list(enumerate(args))):
         plan, _ = begun[slot]
-        rows, _, _, arrived = OPS.dispatch_wait.default(*begun[slot], *a, *where, slot)
+        rows, _, _, arrived, _ = OPS.dispatch_wait.default(*begun[slot], *a, None, *where, slot)
         inbox = OPS.combine_start.default(rows, None, plan, arrived, *where, slot)
         y, _ = OPS.combine_wait.default(inbox, rows, None, plan, arrived, *where, slot)
         reached = (plan[:-1] >= 0).sum(1, keepdim=True)
@@ -180,7 +213,7 @@ def check_disagreement(rank: int, field: str) -> str:
         elif field == "width":
             x = x[:, :8]
     try:
-        OPS.dispatch_start.default(x, idx, weight, group.name, experts, capacity, 0)
+        OPS.dispatch_start.default(x, idx, weight, None, group.name, experts, capacity, 0)
     except groups.RanksDisagree as error:
         return str(error)
     finally:

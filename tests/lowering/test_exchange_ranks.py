@@ -35,6 +35,11 @@ def test_each_token_has_one_row_at_each_rank_in_the_order_of_its_source(four: Ra
     four.run(checks.check_rows, size)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_quantised_rows_arrive_as_they_were_sent(four: Ranks, size: int) -> None:
+    four.run(checks.check_quantised, size)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_two_exchanges_may_be_open_at_once(four: Ranks, dtype: torch.dtype) -> None:
     four.run(checks.check_halves, dtype)

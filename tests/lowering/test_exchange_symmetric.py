@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from dscompile.kernels.exchange import slot_layout
 from dscompile.kernels.exchange_launch import Slot
 from dscompile.lowering import exchange, select
 from dscompile.lowering import exchange_symmetric as symmetric
+from dscompile.lowering.block_scales import dequantize_rows
 from dscompile.lowering.exchange import ExchangeError, Payload, Spec, chosen
 from dscompile.runtime import groups
 from tests.kernels import exchange_emulator as emulator
@@ -29,6 +31,7 @@ if emulator.why_not():
 
 W, CAPACITY = 2, 7
 SIZES = Sizes(W, CAPACITY, checks.D, checks.K, checks.E)
+FP8_SIZES = Sizes(W, CAPACITY, 256, checks.K, checks.E, quantized=True, prequantized=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 class Ranks:
     """Two ranks in threads; arenas are emulated, and kernels run once both ranks wait for them."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.worlds, self.launched, self.arenas = library, {}, [], []
+    def __init__(self, library: ctypes.CDLL, sizes: Sizes) -> None:
+        self.sizes, self.library, self.worlds, self.launched, self.arenas = sizes, library, {}, [], []
         self.met = threading.Barrier(W, action=self._run, timeout=60)
         self.groups = [
             SimpleNamespace(name=f"emulated{rank}", rank=rank, size=W, kept={}, enter=lambda op, spec: None)
@@ -51,9 +54,9 @@ class Ranks:
         rank = spec.group.rank
         self.arenas.append((rank, spec.slot, wanted))
         self.met.wait()  # made together
-        world = self.worlds.setdefault(spec.slot, emulator.World(SIZES, self.library))
+        world = self.worlds.setdefault(spec.slot, emulator.World(self.sizes, self.library))
         self.met.wait()
-        assert slot_layout(wanted) == slot_layout(SIZES)
+        assert slot_layout(wanted) == slot_layout(self.sizes)
         slot = Slot(wanted, rank, 0, tuple(world.bases), world.records[rank], world.failed[rank], 1.0, False)
         return SimpleNamespace(slots=(slot,), world=W, rank=rank, check=lambda: None, number=spec.slot)
 
@@ -74,9 +77,19 @@ class Ranks:
             return list(threads.map(function, range(W)))
 
 
+@pytest.fixture(scope="module")
+def fp8_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulator.build(FP8_SIZES, tmp_path_factory.mktemp("exchange") / "fp8")
+
+
 @pytest.fixture
 def two(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    made = Ranks(library)
+    with in_place(Ranks(library, SIZES), monkeypatch) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def in_place(made: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(exchange_launch, "_launch", made.launch)
     monkeypatch.setattr(symmetric, "make_arena", made.make_arena)
     monkeypatch.setattr(symmetric, "_ranks_can", lambda spec, device: select.YES)
@@ -134,14 +147,14 @@ def test_rows_are_bitwise_those_of_the_collective(two: Ranks) -> None:
     def step(rank: int) -> list[tuple[Tensor, ...]]:
         where = two.groups[rank].name, checks.E, CAPACITY
         args = [[t.detach() for t in inputs(rank + 10 * i, 5)] for i in range(2)]
-        begun = [checks.OPS.dispatch_start.default(*a, *where, i) for i, a in enumerate(args)]
+        begun = [checks.OPS.dispatch_start.default(*a, None, *where, i) for i, a in enumerate(args)]
         halves[rank] = args
-        return [checks.OPS.dispatch_wait.default(*begun[i], *args[i], *where, i) for i in (1, 0)][::-1]
+        return [checks.OPS.dispatch_wait.default(*begun[i], *args[i], None, *where, i) for i in (1, 0)][::-1]
 
     found = two.each(step)
     for rank in range(W):
         for i in range(2):
-            rows, ids, weights, arrived = found[rank][i]
+            rows, ids, weights, arrived, _ = found[rank][i]
             for source in range(W):
                 x, idx, weight = halves[source][i]
                 mine = (idx >= rank * 4) & (idx < rank * 4 + 4)
@@ -157,13 +170,45 @@ def test_rows_are_bitwise_those_of_the_collective(two: Ranks) -> None:
     assert sorted(slot for rank, slot, _ in two.arenas if rank == 0) == [0, 1]
 
 
+@pytest.mark.parametrize("counts", [(7, 4), (3, 0)], ids=str)
+def test_rows_in_fp8_and_results_in_16_bits_share_an_arena(
+    fp8_library: ctypes.CDLL, counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrives are the bits of the collective's reference; what goes back is summed in bfloat16."""
+    mine = [checks.tokens(rank, count) for rank, count in enumerate(counts)]
+    xs = [torch.randn(count, 256, generator=torch.Generator().manual_seed(count)).bfloat16() for count in counts]
+
+    def step(rank: int) -> tuple[Tensor, ...]:
+        where, (_, idx, weight) = (ranks.groups[rank].name, checks.E, CAPACITY, 0), mine[rank]
+        q, scale = checks.OPS.quantize_1x128.default(xs[rank])
+        plan, inbox = checks.OPS.dispatch_start.default(q, idx, weight, scale, *where)
+        came = checks.OPS.dispatch_wait.default(plan, inbox, q, idx, weight, scale, *where)
+        rows, ids, _, arrived, row_scale = came
+        back = dequantize_rows(rows, row_scale).bfloat16()
+        inbox = checks.OPS.combine_start.default(back, None, plan, arrived, *where)
+        return *came, plan, checks.OPS.combine_wait.default(inbox, back, None, plan, arrived, *where)[0]
+
+    with in_place(Ranks(fp8_library, FP8_SIZES), monkeypatch) as ranks:
+        found = ranks.each(step)
+    for rank, (rows, ids, _, arrived, row_scale, plan, y) in enumerate(found):
+        for source in range(W):
+            here = [t for t in arrived[source * CAPACITY : (source + 1) * CAPACITY].tolist() if t >= 0]
+            block = slice(source * CAPACITY, source * CAPACITY + len(here))
+            q, scale = checks.OPS.quantize_1x128.default(xs[source])
+            assert torch.equal(rows[block].view(torch.uint8), q[here].view(torch.uint8))
+            assert torch.equal(row_scale[:, block], scale[:, here]) and (ids[block] >= 0).any(1).all()
+        stored = dequantize_rows(*checks.OPS.quantize_1x128.default(xs[rank])).bfloat16().float()
+        assert torch.equal(y, (stored * (plan[:-1] >= 0).sum(1, keepdim=True)).bfloat16())
+    assert sorted(ranks.arenas) == [(rank, 0, FP8_SIZES) for rank in range(W)]  # one, for there and back
+
+
 def test_a_wait_needs_its_start(two: Ranks) -> None:
     def step(rank: int) -> str:
         x, idx, weight = (t.detach() for t in inputs(rank, 3))
         plan = torch.zeros(4, W, dtype=torch.int32)
         inbox = torch.zeros(1, dtype=torch.int32)
         with pytest.raises(ExchangeError, match="a wait for a dispatch that was not begun"):
-            checks.OPS.dispatch_wait.default(plan, inbox, x, idx, weight, two.groups[rank].name, 8, CAPACITY, 0)
+            checks.OPS.dispatch_wait.default(plan, inbox, x, idx, weight, None, two.groups[rank].name, 8, CAPACITY, 0)
         return "told"
 
     assert two.each(step) == ["told"] * W
@@ -179,6 +224,8 @@ ROUTED = ((3, torch.int64), (3, torch.float32))
     [
         (Payload(16, torch.bfloat16, CUDA, ROUTED), HOPPER, ""),
         (Payload(16, torch.float16, CUDA), HOPPER, ""),
+        (Payload(256, torch.float8_e4m3fn, CUDA, ROUTED), HOPPER, ""),
+        (Payload(200, torch.float8_e4m3fn, CUDA, ROUTED), HOPPER, "multiple of 128"),
         (Payload(16, torch.float32, CUDA, ROUTED), HOPPER, "rows are torch.float32"),
         (Payload(20, torch.bfloat16, CUDA, ROUTED), HOPPER, "multiple of 8"),
         (Payload(16, torch.bfloat16, CUDA, ((3, torch.int16), ROUTED[1])), HOPPER, "these are torch.int16"),

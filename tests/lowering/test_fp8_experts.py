@@ -61,9 +61,37 @@ def test_pieces_agree_with_the_reference(activation):
     assert relative_error(pieces, EXPERTS(*args, activation).double()) < 4e-3
 
 
+@pytest.mark.parametrize("name", ["reference", "pieces"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_quantised_rows_give_the_bits_of_rows(sizes, activation, name):
+    x, *others = make(sizes)
+    q, scale = torch.ops.dsinfra.quantize_1x128(x)
+    run = select.table("fp8_experts").get(name).run
+    y = run(q, *others, activation, scale, x.dtype)
+    assert y.dtype is x.dtype and torch.equal(y, run(x, *others, activation))
+
+
+def test_quantised_rows_that_do_not_fit():
+    x, *others = make(SIZES["usual"])
+    q, scale = torch.ops.dsinfra.quantize_1x128(x)
+    for given, error, found in (
+        ((q, *others, "silu"), errors.DtypeMismatch, r"x \[6, 128\] is torch.float8_e4m3fn"),
+        ((x, *others, "silu", scale, x.dtype), errors.DtypeMismatch, r"x \[6, 128\] is torch.bfloat16"),
+        ((q, *others, "silu", scale), errors.DtypeMismatch, r"out_dtype is torch.float8_e4m3fn"),
+        ((q, *others, "silu", scale[:, :4], x.dtype), errors.ScaleError, r"x_scale \[1, 4\].*\[1, 8\]"),
+        ((x, *others, "silu", None, torch.float32), errors.DtypeMismatch, r"out_dtype is torch.float32"),
+    ):
+        with pytest.raises(error, match=found):
+            EXPERTS(*given)
+
+
 def test_opcheck():
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # see test_fp8_linear
-    torch.library.opcheck(EXPERTS, (*make(SIZES["usual"]), "silu"), test_utils=utils)
+    x, *others = make(SIZES["usual"])
+    q, scale = torch.ops.dsinfra.quantize_1x128(x)
+    for given in ((x, *others, "silu"), (q, *others, "silu", scale, x.dtype)):
+        torch.library.opcheck(EXPERTS, given, test_utils=utils)
 
 
 def test_compiles_once_for_all_lengths():

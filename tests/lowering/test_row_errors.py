@@ -61,6 +61,7 @@ CALLS = {
     "fp8_experts": {
         "x": bf16(5, 130), "topk_idx": ints(5, 2), "topk_weight": zeros(5, 2), "w_gate_up": fp8(3, 200, 130),
         "s_gate_up": zeros(3, 2, 2), "w_down": fp8(3, 130, 100), "s_down": zeros(3, 2, 1), "activation": "silu",
+        "x_scale": None, "out_dtype": None,
     },
 }  # fmt: skip
 
@@ -139,6 +140,8 @@ MISTAKES = [
     ("fp8_experts", {"s_gate_up": zeros(3, 3, 2)}, Scale, r"s_gate_up \[3, 3, 2\].*drop rows"),
     ("fp8_experts", {"s_down": zeros(3, 1, 1)}, Scale, r"s_down \[3, 1, 1\].*\[3, 2, 1\]"),
     ("fp8_experts", {"activation": "swiglu_oai"}, errors.ActivationError, r"settings.*dsinfra::experts"),
+    ("fp8_experts", {"x": fp8(5, 130), "x_scale": zeros(2, 5)}, Scale, r"x_scale \[2, 5\].*\[2, 8\]"),
+    ("fp8_experts", {"x": fp8(5, 130)}, Dtype, r"x \[5, 130\] is torch.float8_e4m3fn"),
     ("fp8_experts", {"x": zeros(5, 130).double()}, Dtype, r"x .* is torch.float64"),
 ]  # fmt: skip
 CASES = pytest.mark.parametrize(

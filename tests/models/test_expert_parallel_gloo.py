@@ -39,6 +39,16 @@ def test_a_step_of_training_is_that_of_one_process(four: Ranks, name: str) -> No
     assert decisions[0] == [said + shared] * overrides["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "stored", "asked for"])
+def test_rows_in_fp8_travel_in_fp8_with_the_same_bits(four: Ranks, kind: str) -> None:
+    own = "its own weights" if kind == "stored" else "slices of whole weights"
+    for told, without in four.run(checks.check_fp8, kind)[:2]:
+        spread, sent = told
+        assert spread.startswith(f"expert_parallel: 4 of 8 experts on each of 2 ranks, capacity 40, {own}")
+        assert sent.startswith("fp8_dispatch: rows travel in FP8, 264 bytes each instead of 512")
+        assert without == [spread]
+
+
 def test_token_counts_vary_without_recompiling_and_a_rank_may_have_none(four: Ranks) -> None:
     assert four.run(checks.check_lengths, 2)[:2] == [1, 2]  # rank 1 has none once, for which Dynamo makes a graph
 

@@ -2,7 +2,7 @@
 
 Started once a GPU by torchrun or by tests/multi_gpu/test_exchange.py, with names of parts:
 
-    torchrun --nproc-per-node 2 -m tests.multi_gpu.operators_worker layers replays profile models
+    torchrun --nproc-per-node 2 -m tests.multi_gpu.operators_worker layers fp8 replays profile models
 
 Each case is a line that begins with "ok" or "WRONG"; rank 0 writes them to the file DSINFRA_EP_RESULTS as JSON, too.
 The exit status is 0 where all is right on every rank.
@@ -29,6 +29,7 @@ import dscompile.lowering.ops  # noqa: F401  (registers the operators)
 from dscompile import report
 from dscompile._entry import ensure_registered
 from dscompile.lowering import select
+from dscompile.passes.quantize_weights import quantize_weight
 from dscompile.runtime import groups
 from dscompile.runtime.groups import Group, RankLost
 from tests.models import expert_parallel_checks as checks
@@ -98,13 +99,50 @@ def _layer_step(group: Group, count: int, seed: int, dtype: torch.dtype) -> list
     gate_up = (torch.randn(L, 2 * F, D, generator=g) / 16).to(dtype).cuda().requires_grad_()
     down = (torch.randn(L, D, F, generator=g) / 11).to(dtype).cuda().requires_grad_()
     where = group.name, E, 600, 0
-    plan, inbox = OPS.dispatch_start.default(x, idx, weight, *where)
-    rows, ids, weights, arrived = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, *where)
+    plan, inbox = OPS.dispatch_start.default(x, idx, weight, None, *where)
+    rows, ids, weights, arrived, _ = OPS.dispatch_wait.default(plan, inbox, x, idx, weight, None, *where)
     z = OPS.experts.default(rows, ids, weights, gate_up, down, None, None, "silu", False, 1.0, 0.0)
     inbox = OPS.combine_start.default(z, None, plan, arrived, *where)
     y, _ = OPS.combine_wait.default(inbox, z, None, plan, arrived, *where)
     y.backward(torch.sin(y.detach().float() * 9).to(dtype))
     return [y.detach(), x.grad, weight.grad, gate_up.grad, down.grad]
+
+
+# ------------------------------------------------------------------ fp8: quantised before the dispatch or behind it
+
+
+@torch.no_grad()
+def fp8(group: Group) -> None:
+    """FP8 experts give the same bits over rows that were quantised before they were sent, on both ways."""
+    W, rank = group.size, group.rank
+    for number, each in enumerate(([64] * W, [600 - 7 * r for r in range(W)], [48 * (r % 2) for r in range(W)])):
+        found = {}
+        for way in ("symmetric", "all_to_all"):
+            for early in (True, False):
+                with select.force("exchange", way):
+                    found[way, early] = _fp8_layer(group, each[rank], number, early)
+        torch.cuda.synchronize()
+        first = found["symmetric", True]
+        same = {str(key): torch.equal(first, y) for key, y in found.items()}
+        fine = all(same.values()) and bool(first.isfinite().all()) and (not each[rank] or bool(first.any()))
+        tell(group, "fp8", f"{each[:2]} tokens", fine, f"y equal: {same}")
+
+
+def _fp8_layer(group: Group, count: int, seed: int, early: bool) -> Tensor:
+    g = torch.Generator().manual_seed(100 * seed + group.rank)
+    x = torch.randn(count, D, generator=g).bfloat16().cuda()
+    idx = torch.rand(count, E, generator=g).topk(K).indices.cuda()
+    weight, where = torch.rand(count, K, generator=g).cuda(), (group.name, E, 600, 0)
+    g.manual_seed(7 + group.rank)
+    shapes = (E // group.size, 2 * F, D), (E // group.size, D, F)
+    weights = [part.cuda() for shape in shapes for part in quantize_weight(torch.randn(shape, generator=g) / 16)]
+    sent, scale = OPS.quantize_1x128.default(x) if early else (x, None)
+    plan, inbox = OPS.dispatch_start.default(sent, idx, weight, scale, *where)
+    *rows, arrived, row_scale = OPS.dispatch_wait.default(plan, inbox, sent, idx, weight, scale, *where)
+    quantised = (row_scale, x.dtype) if early else ()
+    z = OPS.fp8_experts.default(*rows, *weights, "silu", *quantised)
+    inbox = OPS.combine_start.default(z, None, plan, arrived, *where)
+    return OPS.combine_wait.default(inbox, z, None, plan, arrived, *where)[0]
 
 
 # ------------------------------------------------------------------ replays: CUDA graphs of compiled layers
@@ -281,7 +319,7 @@ def death(group: Group) -> None:
         seconds = time.monotonic() - start
         time.sleep(1.5)  # the watch looks twice a second
         try:
-            OPS.dispatch_start.default(x.flatten(0, 1), *routed, group.name, toy.SharedToy.E, 96, 0)
+            OPS.dispatch_start.default(x.flatten(0, 1), *routed, None, group.name, toy.SharedToy.E, 96, 0)
             error_said, named = "nothing", False
         except RankLost as error:
             error_said, named = str(error), error.rank == last and error.operator != ""
@@ -300,7 +338,7 @@ def write(group: Group) -> None:
             json.dump({"device": torch.cuda.get_device_name(), "world": group.size, "rows": RESULTS}, file, indent=1)
 
 
-PARTS = {"layers": layers, "replays": replays, "profile": profile, "models": models, "death": death}
+PARTS = {"layers": layers, "fp8": fp8, "replays": replays, "profile": profile, "models": models, "death": death}
 
 
 def main(names: list[str]) -> None:

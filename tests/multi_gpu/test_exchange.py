@@ -23,6 +23,6 @@ def test_kernels(part: str, world: int) -> None:
     start("exchange_worker", [part], world)
 
 
-@pytest.mark.parametrize("part", ["layers", "replays", "profile", "models", "death"])
+@pytest.mark.parametrize("part", ["layers", "fp8", "replays", "profile", "models", "death"])
 def test_operators(part: str, world: int) -> None:
     start("operators_worker", [part], world, DSINFRA_EP_TIMEOUT="5" if part == "death" else "60")

@@ -51,7 +51,7 @@ class Spread(nn.Module):
         return collectives.all_reduce(y, "sum", self.group) if self.how == "summed behind a product" else y
 
 
-def spread(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[PassRecord, fx.GraphModule]:
+def spread(model: Any, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[PassRecord, fx.GraphModule]:
     """The record of expert_parallel on two ranks that exist in name only, and the graph."""
     stub: Any = SimpleNamespace(name="named", size=2, rank=1)
     monkeypatch.setitem(groups._GROUPS, "named", stub)
@@ -66,6 +66,31 @@ def test_a_layer_that_is_spread_is_left(how: str, alone: str, monkeypatch: pytes
     assert ("all_reduce" if how == "summed" else "all_to_all_single") in site.reason
     names = [operator_name(node) for node in module.graph.nodes]
     assert names.count("experts") == 1 and "dispatch_start" not in names
+
+
+class Counted(nn.Module):
+    """Rows and the counts by expert arrive sorted; splits are read on the host, as torchtitan's dispatcher does."""
+
+    def __init__(self, group: str):
+        super().__init__()
+        self.weight, self.group = nn.Parameter(torch.randn(4, 24, 24)), group
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        came = collectives.all_to_all_single(counts, None, None, self.group)
+        sizes = came.view(1, -1).sum(1).tolist()
+        rows = collectives.all_to_all_single(x.flatten(0, 1), sizes, [x.shape[0] * x.shape[1]], self.group)
+        y = torch._grouped_mm(rows.bfloat16(), self.weight.bfloat16(), offs=came.cumsum(0, dtype=torch.int32))
+        return collectives.all_to_all_single(y, [x.shape[0] * x.shape[1]], sizes, self.group)
+
+
+def test_rows_that_arrive_sorted_are_told_too(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+    model, counts = Counted(alone), torch.tensor([3, 0, 5, 2])
+    record, module = spread(lambda x: model(x, counts), rows(0, 2, 5, torch.float32), monkeypatch)
+    (site,) = record.sites
+    assert not site.matched and site.refusal == "SpreadAlready" and "all_to_all_single" in site.reason
+    assert "left to the model" in site.decision
+    assert not [name for node in module.graph.nodes if (name := operator_name(node))]
 
 
 @pytest.mark.parametrize("how", ["whole", "summed behind a product"])
