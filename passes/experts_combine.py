@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from dscompile.passes.experts_meanings import Extent, Inverse, Order, Perm, Token
+from dscompile.passes.experts_meanings import Extent, Inverse, Order, Outside, Perm, Token, Within
 from dscompile.passes.experts_mlp import Hidden, Product, check_dropout
 from dscompile.passes.experts_rows import Own, Rows, aligned, sums_choices, times
+from dscompile.passes.experts_sentinels import by_row
 from dscompile.passes.experts_values import (
     CASTS,
     DETERMINISTIC_SCATTER_ADD,
@@ -52,6 +53,7 @@ class Flow:
     bias: fx.Node | None = None
     summed: bool = False
     owing: bool = False  # rows of no expert hold a bias, and have to be masked
+    returned: Outside | None = None  # rows of no expert hold their tokens
 
     def facts(self) -> list[str]:
         """What the walk has shown so far."""
@@ -70,6 +72,7 @@ class Combined:
     out: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+    returned: Outside | None = None  # ids of experts that return their tokens: these are not among the products'
 
 
 class Combine:
@@ -104,7 +107,7 @@ class Combine:
             raise RoutingWeights("the results are summed without routing weights", flow.node)
         if flow.owing:
             raise CombineForm("rows of no expert get the bias of the last one", flow.node)
-        return Combined(self.rounded(flow.node), flow.weight.base, flow.bias)
+        return Combined(self.rounded(flow.node), flow.weight.base, flow.bias, flow.returned)
 
     def done(self, flow: Flow) -> bool:
         """Every token has its sum; with one choice a token there is none, and the weights come last."""
@@ -175,6 +178,27 @@ class Combine:
         if arg(node, 0) is not flow.node or not self.rows.leaves_out(node, flow.order):
             raise CombineForm("results are masked by something else than ids of no expert", node)
         return replace(flow, node=node, owing=False)
+
+    def choose(self, flow: Flow, node: fx.Node) -> Flow:
+        """``where(ids >= E, rows, z)``: experts past the last one of the products return their tokens."""
+        mask, at = arg(node, 0), self.rows.memory.position[node]
+        found = self.indices.read(mask, at)
+        if flow.weight is not None or flow.summed or flow.returned is not None or len(node.args) != 3:
+            raise CombineForm("weighted results are chosen among others", node)
+        if not isinstance(found, (Outside, Within)) or found.order is not flow.order:
+            raise CombineForm("results are chosen by something else than ids of no expert", node)
+        returned, kept = (arg(node, i) for i in ((1, 2) if isinstance(found, Outside) else (2, 1)))
+        if kept is not flow.node or not by_row(self.indices, mask, found, flow.node):
+            raise CombineForm("results are chosen by something else than ids of no expert", node)
+        mine = self.hidden.tokens
+        itself = returned is mine.x and mine.top_k == 1 and mine.order is None and flow.labels == "md"
+        if itself:
+            self.indices.intact(returned, at)
+        tokens = replace(mine, labels="md") if itself else self.rows.tokens(returned, at)
+        if (tokens.x, tokens.order, tokens.top_k) != (mine.x, mine.order, mine.top_k) or tokens.labels != flow.labels:
+            raise CombineForm("experts that return their rows return others than are read", node)
+        outside = Outside(found.source, found.order, found.groups)
+        return replace(flow, node=node, owing=False, returned=outside)
 
     def permute(self, flow: Flow, node: fx.Node) -> Flow:
         """``z[inverse]``: sorted rows in flat order."""
@@ -257,6 +281,7 @@ STEPS: dict[str, Callable[[Combine, Flow, fx.Node], Flow]] = {
     "add": Combine.add,
     "mul": Combine.weigh,
     "masked_fill": Combine.mask,
+    "where": Combine.choose,
     **dict.fromkeys(("index", "index_select", "gather"), Combine.permute),
     **dict.fromkeys(("index_put", "index_copy", "index_add", "scatter", "scatter_add"), Combine.place),
     DETERMINISTIC_SCATTER_ADD: Combine.place,

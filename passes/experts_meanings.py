@@ -87,4 +87,13 @@ class Outside:
     groups: int
 
 
-Meaning: TypeAlias = Ids | Perm | Inverse | Token | Arange | PerExpert | IsExpert | Chosen | Outside
+@dataclass(frozen=True)
+class Within:
+    """Whether the row's id is less than ``groups``: the opposite of :class:`Outside`."""
+
+    source: fx.Node
+    order: Order
+    groups: int
+
+
+Meaning: TypeAlias = Ids | Perm | Inverse | Token | Arange | PerExpert | IsExpert | Chosen | Outside | Within

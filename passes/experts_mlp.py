@@ -20,14 +20,18 @@ from torch import fx
 
 from dscompile.passes.experts_meanings import Order, PerExpert
 from dscompile.passes.experts_rows import Rows, Tokens, aligned
-from dscompile.passes.experts_values import (
-    arg,
-    dtype,
-    name,
-    option,
-)
+from dscompile.passes.experts_values import arg, dtype, name, option
 from dscompile.passes.graph import is_tensor
-from dscompile.passes.refusals import ExpertActivation, ExpertDropout, ExpertWeights, GroupEnds, Refusal, Unsupported
+from dscompile.passes.refusals import (
+    ExpertActivation,
+    ExpertDropout,
+    ExpertWeights,
+    GroupEnds,
+    Refusal,
+    RoutingWeights,
+    RowsNotTokens,
+    Unsupported,
+)
 from dscompile.passes.trail import Trail
 
 SIGMOID, CLAMP = sympy.Function("sigmoid"), sympy.Function("clamp")
@@ -237,7 +241,7 @@ class Reader:
         """The rows of x that a first product reads, in the order that its groups need."""
         if product.node in self._tokens:
             return self._tokens[product.node]
-        tokens = self.rows.tokens(product.rows, self.rows.memory.position[product.node])
+        tokens = self._rows_of(product)
         if product.grouped:
             ids = self.indices.sorted_ids(tokens.order).source if tokens.order is not None else None
         else:
@@ -246,6 +250,19 @@ class Reader:
             raise GroupEnds("rows are not in the order of the ids that give each row its expert", product.node)
         self._tokens[product.node] = replace(tokens, labels="")
         return self._tokens[product.node]
+
+    def _rows_of(self, product: Product) -> Tokens:
+        """Where one id a token chooses a weight for each row, rows may be x itself, whatever made it."""
+        at = self.rows.memory.position[product.node]
+        try:
+            return self.rows.tokens(product.rows, at)
+        except (RowsNotTokens, RoutingWeights):
+            itself = None
+            if not product.grouped and product.order is None:
+                itself = self.rows.themselves(product.rows, product.source, at)
+            if itself is None:
+                raise
+            return itself
 
     # ---- columns of a product
 

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from dscompile.passes.experts_meanings import Extent, Ids, Inverse, Order, Outside, Perm, Token
+from dscompile.passes.experts_sentinels import by_row
 from dscompile.passes.experts_values import (
     CASTS,
     COPIES,
@@ -157,6 +158,8 @@ class Rows:
         outside = self.indices.read(arg(node, 1), self.memory.position[node])
         if not isinstance(outside, Outside) or outside.order is not order:
             return False
+        if not by_row(self.indices, arg(node, 1), outside, node):
+            return False
         self.left_out.append(outside)
         return True
 
@@ -204,9 +207,27 @@ class Rows:
             return None
         try:
             flat = self.tokens(x, at)
-        except RowsNotTokens:  # one choice a token: rows are tokens
+        except (RowsNotTokens, RoutingWeights):  # one choice a token: rows are tokens
+            if not self._one_choice(self.indices.sorted_ids(taken.order).source):
+                raise
             return self._checked(node, Tokens(x, taken.order, 1, "md"))
         return replace(flat, order=taken.order) if flat.order is None and flat.labels == "md" else None
+
+    def themselves(self, rows: fx.Node, source: fx.Node, at: int) -> Tokens | None:
+        """``rows`` as x itself, row t being token t: with one id a token, ``source``, as many as there are rows."""
+        while name(rows) in VIEWS | COPIES and len(self.indices.shape(rows)) != 2:
+            self.indices.intact(rows, at)
+            self.through(rows)
+            at, rows = self.memory.position[rows], arg(rows, 0)
+        shape = self.indices.shape(rows)
+        if not self._one_choice(source) or len(shape) != 2 or shape[0] != self.indices.count(source):
+            return None
+        self.indices.intact(rows, at)
+        return Tokens(rows, None, 1, "md")
+
+    def _one_choice(self, ids: fx.Node) -> bool:
+        """Whether there is one id a token: [T], [T, 1]."""
+        return all(set(size) == {1} for size in self.indices.shape(ids)[1:])
 
     def _repeats(self, index: fx.Node, x: fx.Node) -> bool:
         """Whether the index of a ``gather`` is one number a row, repeated over x's columns."""

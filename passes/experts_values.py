@@ -36,6 +36,7 @@ from dscompile.passes.experts_meanings import (
     PerExpert,
     Perm,
     Token,
+    Within,
 )
 from dscompile.passes.graph import Sizes, argument, assignments, is_tensor
 from dscompile.passes.memory import FRESH, Memory
@@ -151,6 +152,10 @@ class Indices:
             return Ids(self.base(node), None)
         return meaning if isinstance(meaning, Ids) else None
 
+    def repeats(self, node: fx.Node) -> bool:
+        """True for a tensor, read before, that holds each row's meaning several times, along later dimensions."""
+        return node in self._repeated
+
     def base(self, node: fx.Node) -> fx.Node:
         """The first tensor that holds the same integers in the same order, behind views, copies and casts."""
         while name(node) in VIEWS | COPIES | CASTS:
@@ -168,14 +173,14 @@ class Indices:
             last = option(arg(source, 0), 2, "dim", -1) % len(shape) == len(shape) - 1
             return last and all(s <= groups for s in shape[-1])
         if name(source) in ("clamp", "clamp_max"):
-            most = _bounds(source)[1]
+            most = bounds(source)[1]
             return most is not None and most < groups
         return False
 
     def natural(self, source: fx.Node) -> bool:
         """True if the ids are proved to be 0 or more."""
         if name(source) == "clamp":
-            low = _bounds(source)[0]
+            low = bounds(source)[0]
             return low is not None and low >= 0
         return name(source) == "getitem" and name(arg(source, 0)) == "topk" and arg(source, 1) == 1
 
@@ -196,6 +201,10 @@ class Indices:
                 return None
             self._repeated.add(node)
         return meaning
+
+    def whole(self, node: fx.Node, at: int) -> Meaning | None:
+        """A slice of everything, as ``mask[:, None]`` makes."""
+        return self.same(node, at) if self.shape(node) == self.shape(arg(node, 0)) else None
 
     def item(self, node: fx.Node, at: int) -> Meaning | None:
         made, which = node.args
@@ -351,7 +360,7 @@ class Indices:
     def clamp(self, node: fx.Node, at: int) -> Meaning | None:
         """A clamp that changes no id is none; sorted ids note it, flat ids begin anew."""
         ids = self.ids(arg(node, 0), at)
-        low, most = _bounds(node)
+        low, most = bounds(node)
         if ids is None or most is None or low not in (None, 0):
             return None
         raises = low is not None and not self.natural(ids.source)
@@ -366,6 +375,21 @@ class Indices:
         if ids is None or ids.most is not None or not isinstance(bound, int):
             return None
         return Outside(ids.source, ids.order, bound + (name(node) == "gt"))
+
+    def less(self, node: fx.Node, at: int) -> Meaning | None:
+        ids, bound = self.ids(arg(node, 0), at), arg(node, 1)
+        if ids is None or ids.most is not None or not isinstance(bound, int):
+            return None
+        return Within(ids.source, ids.order, bound + (name(node) == "le"))
+
+    def opposite(self, node: fx.Node, at: int) -> Meaning | None:
+        found = self.read(arg(node, 0), at)
+        if not isinstance(found, (Outside, Within)) or dtype(arg(node, 0)) != torch.bool:
+            return None
+        if arg(node, 0) in self._repeated:
+            self._repeated.add(node)
+        kind = Within if isinstance(found, Outside) else Outside
+        return kind(found.source, found.order, found.groups)
 
     def repeated(self, node: fx.Node, at: int) -> Meaning | None:
         """Each token's number K times."""
@@ -416,7 +440,7 @@ def is_fresh(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target in FRESH
 
 
-def _bounds(node: fx.Node) -> tuple[int | None, int | None]:
+def bounds(node: fx.Node) -> tuple[int | None, int | None]:
     if name(node) == "clamp_max":
         return None, arg(node, 1) if isinstance(arg(node, 1), int) else None
     low, most = option(node, 1, "min"), option(node, 2, "max")
@@ -429,7 +453,7 @@ def _holds_integers(kind: torch.dtype) -> bool:
 
 def _survives(meaning: Meaning, kind: torch.dtype) -> bool:
     """Whether a cast to ``kind`` changes none of the values."""
-    if isinstance(meaning, (Outside, IsExpert, Chosen)):
+    if isinstance(meaning, (Outside, Within, IsExpert, Chosen)):
         return kind not in (torch.int8, torch.uint8)
     if isinstance(meaning, PerExpert):
         return kind in (torch.int32, torch.int64, torch.float32, torch.float64)
@@ -443,6 +467,7 @@ def _filled_with(node: fx.Node) -> object:
 Rule = Callable[[Indices, fx.Node, int], Meaning | None]
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS | COPIES | CASTS | {"expand"}, Indices.same),
+    "slice": Indices.whole,
     "getitem": Indices.item,
     "argsort": Indices.sorting,
     **dict.fromkeys(("floor_divide", "div"), Indices.divide),
@@ -457,5 +482,7 @@ _RULES: dict[str, Rule] = {
     "arange": Indices.arange,
     **dict.fromkeys(("clamp", "clamp_max"), Indices.clamp),
     **dict.fromkeys(("ge", "gt"), Indices.at_least),
+    **dict.fromkeys(("lt", "le"), Indices.less),
+    **dict.fromkeys(("logical_not", "bitwise_not"), Indices.opposite),
     "repeat_interleave": Indices.repeated,
 }

@@ -32,6 +32,7 @@ from dscompile.passes.experts_loop import Loop, Loops
 from dscompile.passes.experts_mlp import ARITHMETIC, Products, Reader
 from dscompile.passes.experts_plan import LoopPlan, Match, Plan
 from dscompile.passes.experts_rows import Rows
+from dscompile.passes.experts_sentinels import routed_ids
 from dscompile.passes.experts_values import CASTS, COPIES, VIEWS, Indices, arg, name, readers
 from dscompile.passes.fp8_prepared import Prepared
 from dscompile.passes.graph import Sizes, is_tensor, module_path, settle, source_line
@@ -109,16 +110,21 @@ class Recognizer:
         self.rows.left_out.clear()
         trail.holds("each row meets the weight of its expert in the second product")
         hidden = Reader(self.products, trail).hidden(down)
+        before = len(self.rows.left_out)
         combine = Combine(self.rows, down, hidden)
         combined = combine.walk(trail)
         _enclosed(hidden.region | combine.region, combined.out)
         if (hidden.gate.bias is None) != (hidden.up.bias is None):
             raise Unsupported("only one of gate and up has a bias", anchor)
         experts = self.rows.indices.shape(down.weight.node)[0][0]
-        if any(mask.source is not down.source or mask.groups < experts for mask in self.rows.left_out):
+        zeroed = self.rows.left_out[before:] if combined.bias is None else []
+        ids = routed_ids(self.rows.indices, down.source, experts, combined.returned, zeroed)
+        if any(mask.source not in (down.source, ids) or mask.groups < experts for mask in self.rows.left_out):
             raise CombineForm("rows of experts are masked, not only rows of none", anchor)
+        if ids is None and combined.returned is not None:
+            raise CombineForm("tokens are returned for other ids than those past the last expert", combined.out)
         wraps = not down.grouped and not self.rows.indices.natural(down.source)
-        return Match(down, hidden, combined, experts, wraps)
+        return Match(down, hidden, combined, experts, wraps and ids in (None, down.source), ids)
 
 
 # Operators that lead from the first product's columns to the second product's rows.

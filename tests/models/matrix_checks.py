@@ -20,7 +20,7 @@ from tests.zoo.matrix import Cell
 KINDS = ("mla", "experts", "route", "fp8_linear", "fp8_experts", "rotation")
 OPERATORS = {
     "mla": ("mla", "mla_decode"),
-    "experts": ("experts",),
+    "experts": ("experts", "moe_plan"),
     "route": ("route",),
     "fp8_experts": ("fp8_experts",),
 }

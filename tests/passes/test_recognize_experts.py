@@ -49,6 +49,9 @@ FORMS = {
 }
 
 
+PIECES = {"moe_plan": 1, "moe_gather": 1, "grouped_linear": 3, "moe_combine": 1}  # of gate and up apart
+
+
 def toy(make: Callable[[], nn.Module] = ToyExperts, seed: int = 0) -> Callable[[], nn.Module]:
     """A recipe for the same float64 module each time."""
 
@@ -262,15 +265,40 @@ def test_weights_that_the_graph_converts_are_joined_once() -> None:
 
 @pytest.mark.parametrize("stored", ["out_in", "in_out"])
 def test_gate_and_up_apart(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two weights are joined once in inference; in training on each call, where that is a small part of the work."""
+    """Two weights are joined once in inference; in training on each call, where that is a small part of the work, and
+    else multiplied apart."""
     apart = toy(partial(ToyExperts, Layer(weights="apart", stored=stored)))  # type: ignore[arg-type]
     (report,) = same_as_eager(apart)
     assert report.op_counts == {"experts": 1, "route": 1}
     assert only([report]).decision.startswith("gate and up joined once")
-    assert only(same_as_eager(apart, train=True, inner=LEFT_ALONE)).refusal == "SeparateGateUp"
+    (report,) = same_as_eager(apart, train=True)
+    assert only([report]).decision == "gate and up multiplied apart"
+    assert {name: n for name, n in report.op_counts.items() if name != "route"} == PIECES
     monkeypatch.setattr(experts_joined, "JOIN_ROWS", 3)
     (report,) = same_as_eager(apart, train=True)
     assert report.op_counts.get("experts") == 1 and "on each call" in only([report]).decision
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations_between_products_apart(activation: str) -> None:
+    form = Layer(weights="apart", activation=activation, sentinels=True, top_k=1)  # type: ignore[arg-type]
+    (report,) = same_as_eager(toy(partial(ToyExperts, form)), train=True)
+    assert only([report]).decision == "gate and up multiplied apart"
+
+
+def test_an_activation_that_is_not_written_apart() -> None:
+    """The operator alone clamps; the refusal says so, and the layer stays as it was."""
+    form = Layer(weights="apart", activation="oai")
+    refused = only(same_as_eager(toy(partial(ToyExperts, form)), train=True, inner=LEFT_ALONE))
+    assert refused.refusal == "SeparateGateUp" and "swiglu_oai" in refused.reason
+
+
+def test_ids_of_no_expert_apart() -> None:
+    """Ids at or past E: their rows add nothing, and no gradient flows through them."""
+    idx = torch.tensor([[0, 5], [4, 2], [5, 5], [3, 0]])
+    call = (randn(4, D), idx, randn(4, 2, seed=3))
+    reports = same_as_eager(toy(partial(Given, Layer(weights="apart", sentinels=True))), call, train=True)
+    assert only(reports).decision == "gate and up multiplied apart"
 
 
 def test_a_joined_weight_follows_its_parts() -> None:

@@ -195,6 +195,54 @@ class ToyExperts(nn.Module):
         return z[inverse]
 
 
+class ReturningExperts(ToyExperts):
+    """The router's last experts have no weights and return their tokens, as LongCat's do: that needs no product.
+
+    `how`: what a layer of products does with their rows. "where" and "within" put the token in the result's place,
+    "masked" zeroes their weights and adds the tokens behind the sum.
+    """
+
+    def __init__(self, layer: Layer | None = None, how: Literal["where", "within", "masked"] = "where"):
+        super().__init__(layer)
+        self.how, self.router = how, nn.Linear(self.D, self.E + 3, bias=False)
+
+    def experts(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        self.chosen, none = idx.reshape(-1), idx >= self.E
+        if self.how == "masked":
+            returned = x * (weight * none).sum(-1, keepdim=True)
+            idx = torch.where(none, 0, idx) if self.layer.bias else idx.masked_fill(none, 0)
+            return returned + super().experts(x, idx, weight.masked_fill(none, 0.0))
+        return super().experts(x, idx.clamp(max=self.E - 1) if self.layer.products == "batched" else idx, weight)
+
+    def mlp(self, rows, product, ids):  # type: ignore[no-untyped-def]
+        if self.how == "masked":
+            return super().mlp(rows, product, ids)
+        z = super().mlp(rows, product, ids.clamp(max=self.E - 1) if self.layer.bias else ids)
+        if self.layer.products == "batched":
+            ids = self.chosen
+        return self.returned(rows, z, ids)
+
+    def returned(self, rows: torch.Tensor, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if self.how == "within":
+            return torch.where((ids < self.E).unsqueeze(-1), z, rows)
+        return torch.where((ids >= self.E).unsqueeze(-1), rows, z)
+
+
+class OneChoice(ToyExperts):
+    """One expert a token, whose rows are the tokens themselves (batched) or a sorted copy; `scaled` as a norm does."""
+
+    def __init__(self, layer: Layer | None = None, scaled: bool = False):
+        super().__init__(layer or Layer(top_k=1))
+        self.scale = nn.Parameter(torch.rand(self.D) + 0.5) if scaled else 1.0
+
+    def experts(self, x: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        if self.layer.products == "batched":
+            return self.mlp(x, self.by_row(idx.squeeze(-1)), idx.squeeze(-1)) * weight
+        perm, ids = self.sorted(idx.reshape(-1))
+        return self.combine(self.mlp(x[perm], self.by_group(self.ends(idx, ids)), ids), weight, perm, x)
+
+
 class TitanMoE(nn.Module):
     """torchtitan's spelling: sigmoid scores, a stable argsort, three products, results put back by index.
 

@@ -240,9 +240,6 @@ def _reference(size: Size) -> list[Cell]:
     return cells
 
 
-_FEW_ROWS = {"experts: SeparateGateUp": 1}
-
-
 def _titan(size: Size) -> list[Cell]:
     """torchtitan's debugmodel; flex_attention is left to Inductor without a word."""
     modes: list[tuple[str, Mode, dict[str, Any]]] = [
@@ -269,10 +266,9 @@ def _titan(size: Size) -> list[Cell]:
             precision=BFLOAT16,
             tags=frozenset({"matrix"}),
         )
-        # Gate and up are two weights: joined once, but in training only from more rows an expert than these.
-        few = mode == "train" and size.name == "micro"
+        # Gate and up are two weights: joined once; in training, where an expert has few rows, multiplied apart.
         lowered = {"route": 1, "rotation": 4} | ({"mla": 2} if attention == "sdpa" else {})
-        cells.append(Cell(row, case, lowered | ({} if few else {"experts": 1}), _FEW_ROWS if few else {}))
+        cells.append(Cell(row, case, lowered | {"experts": 1}, {}))
     return cells
 
 

@@ -1,6 +1,7 @@
 """Draws layers of experts behind a router in the ways people write them, and ways that compute something else.
 
-Suffixes in the generated text: T tokens, D width, E experts, K choices, W expert width, G groups, M = T * K rows.
+Suffixes in the generated text: T tokens, D width, E experts, N experts that the router knows (the last N - E return
+their tokens), K choices, W expert width, G groups, M = T * K rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ PRECISIONS = (("float64", "float64"),) * 4 + (("float32", "float32"), ("bfloat16
 # B, S, D, W, E, K, G. Few, so that torch need not work out the shapes of every module anew.
 SIZES = ((1, 5, 8, 7, 6, 2, 2),) * 3 + (
     *((1, 4, 4, 4, 4, 4, 2),) * 2,
+    (1, 6, 8, 7, 6, 1, 2),
     (2, 3, 5, 8, 8, 3, 4),
     (1, 1, 8, 7, 6, 1, 3),
     (2, 6, 8, 4, 3, 2, 2),
@@ -26,12 +28,13 @@ class LayerWriter(Writer):
 
     def sizes(self) -> list[str]:
         self.B, self.S, D, W, self.E, self.K, self.G = self.pick(*SIZES)
-        return [_IMPORT, f"D, W, E, K = {D}, {W}, {self.E}, {self.K}"]
+        self.returning = 2 if self.some(4) else 0
+        return [_IMPORT, f"D, W, E, K, N = {D}, {W}, {self.E}, {self.K}, {self.E + self.returning}"]
 
     # ---- router
 
     def router(self) -> None:
-        gate = self.weight("gate", "E", "D")
+        gate = self.weight("gate", "N", "D")
         self.add(
             self.pick(
                 f"logits = F.linear(x, {gate})",
@@ -53,10 +56,10 @@ class LayerWriter(Writer):
         self.add(f"scores = {self.pick(*scores[kind])}")
         choice = "scores"
         if self.some(2):
-            self.init.append("self.register_buffer('bias', torch.linspace(-0.2, 0.3, E, dtype=work))")
+            self.init.append("self.register_buffer('bias', torch.linspace(-0.2, 0.3, N, dtype=work))")
             self.add(self.pick("choice = scores + self.bias", "choice = scores + self.bias.unsqueeze(0)"))
             choice = "choice"
-        limited = self.E % self.G == 0 and self.E // self.G >= 2 and self.some(2)
+        limited = not self.returning and self.E % self.G == 0 and self.E // self.G >= 2 and self.some(2)
         if limited:
             self.groups(choice)
         source = "limited" if limited else choice
@@ -92,7 +95,7 @@ class LayerWriter(Writer):
         )
 
     def normalised(self, again: bool) -> None:
-        if again:
+        if again and self.K > 1:  # else a weight is w / w, and what its gradient holds is rounding alone
             self.add(
                 self.pick(
                     "w = w / w.sum(-1, keepdim=True)",
@@ -117,7 +120,7 @@ class LayerWriter(Writer):
         else:
             self.weight("w13", *shape("2 * W", "D"))
         self.weight("w2", *shape("D", "W"))
-        self.bias = form in ("grouped", "batched") and joint != "apart" and self.some(6)
+        self.bias = form in ("grouped", "batched") and not self.returning and joint != "apart" and self.some(6)
         if self.bias:
             self.weight("b13", "E", "2 * W")
             self.weight("b2", "E", "D")
@@ -180,7 +183,8 @@ class LayerWriter(Writer):
         if not sort.startswith("ids,"):
             self.add(self.pick("ids = ids[perm]", "ids = ids.gather(0, perm)"))
         self.meddle("perm")
-        counts = self.pick("histc", "one_hot", "equal", "scatter", "searchsorted", "bincount")
+        some = ("histc", "equal", "searchsorted")  # these leave out ids of no product
+        counts = self.pick(*some, *(() if self.returning else ("one_hot", "scatter", "bincount")))
         if counts == "searchsorted":
             self.add("ends = torch.searchsorted(ids, torch.arange(E), right=True).int()")
         else:
@@ -210,10 +214,12 @@ class LayerWriter(Writer):
                 "rows = x.repeat_interleave(K, dim=0)[perm]",
                 "rows = x[torch.div(perm, K, rounding_mode='floor')]",
                 "rows = x.gather(0, (perm // K).unsqueeze(-1).expand(-1, D))",
+                *(("rows = x[perm]",) if self.K == 1 else ()),
             )
         )
         self.meddle("rows")
         self.add(*self.network("grouped", "rows"))
+        self.returned("ids")
         early = self.some(2)
         if early:
             self.add(
@@ -251,15 +257,38 @@ class LayerWriter(Writer):
                 "rows = x.repeat_interleave(K, 0)",
                 "rows = x[torch.arange(T * K) // K]",
                 "rows = x.unsqueeze(1).expand(-1, K, -1).reshape(-1, D)",
+                *(("rows = x",) * 3 if self.K == 1 else ()),
             )
         )
         self.meddle("rows")
+        if self.returning:
+            self.add(
+                self.pick(
+                    "ids = ids.clamp(max=E - 1)",
+                    "ids = ids.masked_fill(ids >= E, 0)",
+                    "ids = torch.where(ids < E, ids, 0)",
+                )
+            )
         self.add(*self.network("batched", "rows"))
+        self.returned("idx.reshape(-1)")
         early = self.some(2)
         if early:
             self.add("z = z * w.reshape(-1, 1)")
         self.meddle("z")
         self.summed(early)
+
+    def returned(self, ids: str) -> None:
+        """Rows of experts past the last product hold their tokens."""
+        if self.returning:
+            self.add(f"none = ({ids} >= E).unsqueeze(-1)", "own = rows")
+            self.meddle("own")
+            self.add(
+                self.pick(
+                    "z = torch.where(none, own, z)",
+                    "z = torch.where(~none, z, own)",
+                    f"z = torch.where(({ids} < E)[:, None], z, own)",
+                )
+            )
 
     def summed(self, early: bool) -> None:
         self.add("z = z.view(T, K, D)")
@@ -354,11 +383,17 @@ _CHANGES = {
         ("one row more", "ends = (ends + 1).clamp(max=T * K)", _always),
         ("ends changed in place", "ends[0] = 0", _always),
     ),
-    "rows": (
-        ("rows of the next token", "rows = rows.roll(1, 0)", _several_rows),
-        ("rows scaled by their weights", "rows = rows * w.reshape(-1, 1)", _always),
-        ("rows changed in place", "rows[:1] = 0", _always),
+    "rows": (  # with one choice a token, rows may be anything that has one row a token
+        ("rows of the next token", "rows = rows.roll(1, 0)", _several),
+        ("rows scaled by their weights", "rows = rows * w.reshape(-1, 1)", _several),
+        ("rows changed in place", "rows[:1] = 0", _several),
         ("tokens changed behind the gathering", "x.mul_(2)", _never),
+    ),
+    "own": (
+        ("tokens of the next row returned", "own = own.roll(1, 0)", _several_rows),
+        ("tokens returned twice", "own = own * 2", _always),
+        ("tokens of an expert returned", "none = none | (idx.reshape(-1, 1) == 0)", _never),
+        ("tokens turned", "own = own.flip(1)", _always),
     ),
     "hidden": (
         ("activation scaled", "h = h * 1.01", _always),
@@ -369,11 +404,11 @@ _CHANGES = {
         ("gate changed behind its use", "gate.zero_()", _never),
         ("hidden rounded", "h = h.to(torch.float16).to(x.dtype)", _never),
     ),
-    "z": (
-        ("results of the next row", "z = z.roll(1, 0)", _several_rows),
+    "z": (  # weighed results of one choice are the layer's result, and what follows stays as it is
+        ("results of the next row", "z = z.roll(1, 0)", _several),
         ("results scaled by row", "z = z * torch.arange(1, z.shape[0] + 1).to(z.dtype)[:, None]", _never),
-        ("results dropped", "z = z.masked_fill((torch.arange(z.shape[0]) > 4)[:, None], 0)", _always),
-        ("something added", "z = z + 0.1", _always),
+        ("results dropped", "z = z.masked_fill((torch.arange(z.shape[0]) > 4)[:, None], 0)", _several),
+        ("something added", "z = z + 0.1", _several),
         ("weights changed later", "w.mul_(2)", _never),
     ),
     "sum": (
@@ -391,7 +426,7 @@ def layers(draw) -> Program:  # type: ignore[no-untyped-def]
     constants = w.sizes()
     w.work, w.wide = w.pick(*PRECISIONS)
     train = w.some(4)
-    form = w.pick("grouped", "grouped", "batched", "loop", "dense")
+    form = w.pick("grouped", "grouped", "batched", *(() if w.returning else ("loop", "dense")))
     lengths = form in ("grouped", "batched") and w.some(4)
     w.add("shape = x.shape", "x = x.reshape(-1, D)", "T = x.shape[0]")
     w.weights(form)
