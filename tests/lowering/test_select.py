@@ -259,7 +259,8 @@ def test_decode_runs_the_kernel_without_its_checks_on_contiguous_lengths_and_pag
 
     calls = []
 
-    def run(*args, impl, batch_invariant):
+    def run(*args, impl, batch_invariant, equal_lengths):
+        assert not batch_invariant and not equal_lengths
         calls.append((impl, args))
         return "result"
 

@@ -84,9 +84,9 @@ class Counted(nn.Module):
 
 
 def test_rows_that_arrive_sorted_are_told_too(alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     model, counts = Counted(alone), torch.tensor([3, 0, 5, 2])
-    record, module = spread(lambda x: model(x, counts), rows(0, 2, 5, torch.float32), monkeypatch)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        record, module = spread(lambda x: model(x, counts), rows(0, 2, 5, torch.float32), monkeypatch)
     (site,) = record.sites
     assert not site.matched and site.refusal == "SpreadAlready" and "all_to_all_single" in site.reason
     assert "left to the model" in site.decision
