@@ -35,6 +35,7 @@ from dscompile.passes.emit import Emitter
 from dscompile.passes.ep_place import sink
 from dscompile.passes.ep_refusals import SpreadAlready, UnevenExperts, UnorderedExchanges
 from dscompile.passes.ep_slots import Exchange, assign
+from dscompile.passes.experts_apart import in_pieces, refuse_pieces
 from dscompile.passes.experts_bind import Written
 from dscompile.passes.graph import called, module_path, settle, source_line
 from dscompile.passes.recognize_comm import exchanged_products, own_exchange
@@ -62,7 +63,7 @@ def run(layers: Sequence[Written], module: fx.GraphModule, group: str, capacity:
     """
     record = PassRecord(NAME)
     spread = Spread(group_named(group), capacity)
-    found = _in_order([layer for layer in layers if operator_name(layer.node) in LAYERS])
+    found = _in_order([layer for layer in layers if operator_name(layer.node) in LAYERS or in_pieces(layer.node)])
     for layer in found:
         site = Site(KIND, module_path(layer.node), source_line(layer.node), True, node=layer.node.name)
         site.form = layer.site.form
@@ -121,6 +122,7 @@ class Spread:
     def layer(self, layer: Written, site: Site) -> None:
         """Writes one layer; raises a Refusal, and then the graph is as it was."""
         node = layer.node
+        refuse_pieces(node)
         x, ids, weight, *_ = node.args
         experts, tokens = node.args[3].meta["example_value"].shape[0], x.meta["example_value"].shape[0]
         capacity = self._capacity(tokens, site)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from dscompile.passes.emit import Emitter
+from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.refusals import SeparateGateUp
 
 aten = torch.ops.aten
@@ -33,6 +34,17 @@ def refuse_apart(refusal: SeparateGateUp, kind: str, biased: bool) -> None:
         raise SeparateGateUp(f"{refusal.found}; with biases they can't be multiplied apart") from refusal
     if kind not in _ACTIVATIONS:
         raise SeparateGateUp(f"{refusal.found}; with the activation {kind} they can't be multiplied apart") from refusal
+
+
+def in_pieces(product: fx.Node) -> bool:
+    """Whether what was written for a layer is its pieces; ``product`` is the node that stands for it."""
+    return operator_name(product) == "grouped_linear"
+
+
+def refuse_pieces(product: fx.Node) -> None:
+    """Raises for a layer in pieces: for passes that rewrite the operator of a layer as a whole."""
+    if in_pieces(product):
+        raise SeparateGateUp("gate and up are multiplied apart: no operator is the layer as a whole", product)
 
 
 def multiplied_apart(

@@ -28,6 +28,7 @@ import dscompile.lowering.ops.placement  # noqa: F401  (registers the operators)
 from dscompile.lowering import inductor
 from dscompile.passes import commits
 from dscompile.passes.emit import Emitter
+from dscompile.passes.experts_apart import in_pieces, refuse_pieces
 from dscompile.passes.experts_bind import Written
 from dscompile.passes.graph import module_path, settle, source_line
 from dscompile.passes.recognize_fp8 import operator_name
@@ -95,11 +96,12 @@ class Book:
 def run(layers: Sequence[Written], book: Book, root: fx.GraphModule, training: bool) -> PassRecord:
     """Rewrites every expert layer of the graph ``root`` that the book knows; runs in front of ``expert_parallel``."""
     record = PassRecord(NAME)
-    found = [layer for layer in layers if operator_name(layer.node) == "experts"]
+    found = [layer for layer in layers if operator_name(layer.node) == "experts" or in_pieces(layer.node)]
     for layer in found:
         site = Site(KIND, module_path(layer.node), source_line(layer.node), True, node=layer.node.name)
         site.form = layer.site.form
         try:
+            refuse_pieces(layer.node)
             if training:
                 raise PlacedTraining("the layer's gradients are asked for", layer.node)
             _place(layer, site, book, root)

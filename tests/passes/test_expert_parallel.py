@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,10 @@ from dscompile.passes.recognize_fp8 import operator_name
 from dscompile.passes.record import PassRecord
 from dscompile.runtime import groups
 from tests import ranks
+from tests.passes.test_recognize_experts import toy
+from tests.passes.toy import randn
 from tests.zoo.expert_parallel import build, rows
+from tests.zoo.experts import Layer, ToyExperts
 
 PAIRS = ["dispatch_start", "dispatch_wait", "experts", "combine_start", "combine_wait"]
 
@@ -45,7 +49,9 @@ def one_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     return join
 
 
-def passed(model: Any, x: torch.Tensor, ep: tuple[str, int | None]) -> tuple[PassRecord, fx.GraphModule]:
+def passed(
+    model: Any, x: torch.Tensor, ep: tuple[str, int | None], training: bool = False
+) -> tuple[PassRecord, fx.GraphModule]:
     """The record of the pass, and the graph behind all of them."""
     found: list[tuple[pipeline.Outcome, fx.GraphModule]] = []
 
@@ -55,7 +61,7 @@ def passed(model: Any, x: torch.Tensor, ep: tuple[str, int | None]) -> tuple[Pas
         return module.forward
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         torch.compile(model, backend=backend, fullgraph=True)(x)
     ((outcome, module),) = found
     assert outcome.error is None, outcome.error
@@ -150,6 +156,15 @@ def test_refused_and_left_whole(one_of: Any, name: str) -> None:
     assert not site.matched and site.refusal == name and reason in site.reason and site.hint
     assert operators(module).count("experts") == len(model.layers)
     assert operators(module).count("dispatch_start") == sum(site.matched for site in record.sites)
+
+
+def test_a_layer_in_pieces_is_told(one_of: Any) -> None:
+    """Gate and up apart, in training: there is no operator to spread, and the report says so."""
+    model = toy(partial(ToyExperts, Layer(weights="apart")))()
+    record, module = passed(model, randn(1, 5, ToyExperts.D), (one_of(2), 16), training=True)
+    (site,) = record.sites
+    assert not site.matched and site.refusal == "SeparateGateUp" and site.hint
+    assert "moe_combine" in operators(module) and "dispatch_start" not in operators(module)
 
 
 @pytest.mark.parametrize(

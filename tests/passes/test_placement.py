@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -182,6 +183,13 @@ def test_refusals(make: Callable, refusal: str, reason: str) -> None:
     (site,) = records[0].sites
     assert not site.matched and site.refusal == refusal and reason in site.reason
     assert calls(graphs[0]) == ["experts"]
+
+
+def test_a_layer_in_pieces_is_told() -> None:
+    layer = toy(partial(ToyExperts, Layer(weights="apart")))()
+    call, records, _ = compiled(layer, Book({"": slots(toy()(), PLANS[0])}), INNER["aot_eager"])
+    call(randn(1, 5, D)).sum().backward()
+    assert [site.refusal for site in records[0].sites] == ["SeparateGateUp"]
 
 
 def test_training_is_refused() -> None:
