@@ -54,7 +54,7 @@ class Config:
             if name in own:
                 values[name] = _checked(name, value, f"options[{name!r}]")
             elif inductor.is_option(name):
-                options_.check_inductor(name, value)
+                options_.check_inductor(name, value, (options or {}).get("enable") is not False)
                 passed[name] = value
             else:
                 raise options_.unknown(name, own)

@@ -45,13 +45,16 @@ def unknown(name: str, own: Iterable[str]) -> OptionError:
     )
 
 
-def check_inductor(name: str, value: Any) -> None:
-    """Raises OptionError for a value that Inductor's setting can't hold, or that our operators can't live with."""
+def check_inductor(name: str, value: Any, enabled: bool) -> None:
+    """Raises OptionError for a value that Inductor's setting can't hold, or, `enabled`, that our operators can't live
+    with."""
     wanted = inductor.wanted_type(name, value)
     if wanted:
         raise OptionError(
             f"options[{name!r}] is {value!r}, a {type(value).__name__}; this setting of Inductor must be a {wanted}."
         )
+    if not enabled:
+        return
     if name.replace("-", "_") in inductor.APART and value:
         raise OptionError(
             f"options[{name!r}] is True: Inductor's kernels then wait only for the kernel right ahead of them, and "

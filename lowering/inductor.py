@@ -130,10 +130,10 @@ def compile_graph(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    stamp = Stamp(sources_digest() + key)
+    stamp, found = Stamp(sources_digest() + key), settings(mode, options)
 
     def stamp_set() -> Any:
-        apart = dict.fromkeys(filter(is_option, APART), False)
+        apart = {name: False for name in APART if is_option(name) and name not in found}
         return config.patch({HOOK: stamped(getattr(config, HOOK), stamp), **apart})
 
     @functools.wraps(compile_fx_inner)
@@ -141,7 +141,6 @@ def compile_graph(
         with stamp_set():
             return compile_fx_inner(*args, **kwargs)
 
-    found = settings(mode, options)
     if HOOK in found:
         found[HOOK] = stamped(found[HOOK], stamp)
     with stamp_set():

@@ -85,6 +85,13 @@ def test_wrong_options_name_the_right_ones(options: dict, words: list[str]) -> N
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize("name, value", [("triton.enable_pdl", True), ("implicit_fallbacks", False)])
+def test_without_analysis_inductors_settings_are_its_own(name: str, value: bool) -> None:
+    """What the errors advise: with enable=False, none of our operators is there to be hurt."""
+    config = Config.of(None, {name: value, "enable": False})
+    assert dict(config.inductor) == {name: value}
+
+
 def test_wrong_option_through_torch_compile() -> None:
     error = cause(lambda: compiled(Toy(), strickt=True)(randn(2, S, D)))
     assert isinstance(error, OptionError) and "strickt" in str(error)
