@@ -205,9 +205,8 @@ def _fp8_fused(
     if x_scale is None:
         q, scale, _, position, ends = moe.plan_and_gather_quantize(x, topk_idx, E)
     else:
-        pairs, order, position, ends = moe.plan_and_gather(
-            x.contiguous().view(torch.float16), topk_idx, E
-        )  # two values each
+        pairs = x.contiguous().view(torch.float16)  # two values each, which are moved as they are
+        pairs, order, position, ends = moe.plan_and_gather(pairs, topk_idx, E)
         q, scale = pairs.view(FP8), _gather_scale(x_scale, order, position)
     s_gate_up, s_down = s_gate_up.contiguous(), s_down.contiguous()
     gate_up = gemm.grouped(q, w_gate_up, ends, x_scale=scale, w_scale=s_gate_up, out_dtype=y)

@@ -6,7 +6,7 @@ torch's stages are only the ends of its transfers here: they are given shapes an
 
 What is touched beyond the documented names are fields of its stages and of its schedule (``args_recv_info``,
 ``grad_recv_info``, ``fwd_cache``, ``bwd_cache``, ``fwd_recv_ops``, ``bwd_recv_ops``), all of them in this file, as in
-torch 2.11 to 2.13. Refused: what ``Pipeline`` refuses, and inference, which torch's schedule doesn't have.
+torch 2.13. Refused: what ``Pipeline`` refuses, and inference, which torch's schedule doesn't have.
 """
 
 from __future__ import annotations

@@ -322,20 +322,8 @@ def _kernel(
     equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q_latent, q_rope, latent, k_rope, seqlens, mask, page_table, latent_scale)
-    return table("mla_decode").run(
-        q_latent,
-        q_rope,
-        latent,
-        k_rope,
-        seqlens,
-        mask,
-        page_table,
-        scale,
-        causal,
-        latent_scale,
-        batch_invariant,
-        equal_lengths,
-    )
+    tensors, how = (q_latent, q_rope, latent, k_rope, seqlens, mask, page_table), (batch_invariant, equal_lengths)
+    return table("mla_decode").run(*tensors, scale, causal, latent_scale, *how)
 
 
 def _supports_everything(*_: Any) -> Decision:

@@ -95,7 +95,7 @@ class LayerWriter(Writer):
         )
 
     def normalised(self, again: bool) -> None:
-        if again and self.K > 1:  # else a weight is w / w, and what its gradient holds is rounding alone
+        if again and (self.K > 1 or not self.train):  # else the gradient of a weight w / w is rounding alone
             self.add(
                 self.pick(
                     "w = w / w.sum(-1, keepdim=True)",
@@ -425,7 +425,7 @@ def layers(draw) -> Program:  # type: ignore[no-untyped-def]
     w = LayerWriter(draw)
     constants = w.sizes()
     w.work, w.wide = w.pick(*PRECISIONS)
-    train = w.some(4)
+    w.train = train = w.some(4)
     form = w.pick("grouped", "grouped", "batched", *(() if w.returning else ("loop", "dense")))
     lengths = form in ("grouped", "batched") and w.some(4)
     w.add("shape = x.shape", "x = x.reshape(-1, D)", "T = x.shape[0]")
